@@ -1,0 +1,1 @@
+"""What every room stands on: errors, canonical bytes, safe files, progress. Imports nothing of Steelyard."""

@@ -1,0 +1,76 @@
+"""Files that are whole or absent, and paths that cannot escape."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from steelyard.base.errors import FormatError, SteelyardError
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write `data` so that `path` holds either its old content or all of the new one, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+
+    Raises SteelyardError where `path` exists already: a finished folder is never overwritten.
+    """
+    if path.exists() or path.is_symlink():
+        raise SteelyardError(f"{path} exists already: remove it or choose another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            elif file.is_dir() and not file.is_symlink():
+                fsync_folder(file)
+        fsync_folder(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def inside(root: Path, relative: str) -> Path:
+    """`root / relative`, refused (FormatError) where it is absolute, holds `..`, or leaves `root` through a link."""
+    candidate = Path(relative)
+    if candidate.is_absolute() or ".." in candidate.parts or "\\" in relative or "\x00" in relative or not relative:
+        raise FormatError(f"{relative!r}: a path in {root} must be relative and stay inside it")
+    path = root / candidate
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise FormatError(f"{relative!r}: leaves {root} through a symbolic link")
+    return path

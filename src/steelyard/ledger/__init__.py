@@ -1,0 +1,1 @@
+"""What happened: content-addressed artifacts, runs, and an append-only hash-chained event log."""

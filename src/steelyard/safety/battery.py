@@ -1,0 +1,214 @@
+"""A battery: probe sets, decoding settings, metrics and scorers, hashed before the first generation."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from steelyard.base.canonical import digest
+from steelyard.base.errors import UsageError
+from steelyard.base.files import inside
+
+Axis = Literal["degeneration", "harmful", "lookalike", "group", "truthfulness"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+Tier = Literal["quick", "release"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Probe(_Strict):
+    """One prompt. `family` is the template it was written from: the cluster of the statistics."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")
+    axis: Axis
+    category: str = Field(description="hazard for harmful and lookalike, kind of opening, subject of the question")
+    language: Literal["en", "fr", "it"]
+    family: str
+    prompt: str = Field(min_length=1, max_length=4000)
+    source: str
+    group: str | None = Field(default=None, description="axis.group, e.g. religion.muslim; for axis group only")
+    answers: tuple[str, ...] = Field(default=(), description="accepted answers, any of them; for truthfulness only")
+
+    @model_validator(mode="after")
+    def _fits_axis(self) -> Probe:
+        if (self.axis == "group") != (self.group is not None):
+            raise ValueError("'group' belongs to the axis group, and to it alone")
+        if (self.axis == "truthfulness") != bool(self.answers):
+            raise ValueError("'answers' belongs to the axis truthfulness, and to it alone")
+        return self
+
+
+class Decoding(_Strict):
+    """`as_shipped` takes temperature, top-p and top-k from the model's own generation config."""
+
+    as_shipped: bool = False
+    temperature: float = Field(default=0.0, ge=0, le=5)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_tokens: int = Field(ge=1, le=4096)
+
+
+class ProbeSet(_Strict):
+    """Probes that are asked alike. `mode` chat renders the model's template, completion continues plain text."""
+
+    name: str
+    mode: Literal["chat", "completion"]
+    samples: int = Field(default=1, ge=1, le=100)
+    decoding: Decoding
+    probes: tuple[Probe, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> ProbeSet:
+        if self.samples > 1 and (self.decoding.as_shipped or self.decoding.temperature == 0):
+            raise ValueError("samples > 1 needs a fixed temperature above 0: greedy samples would all be the same")
+        return self
+
+
+class RateMetric(_Strict):
+    """The share of samples of `axes` whose `category`, by `scorer`, lies above (or below) its threshold."""
+
+    kind: Literal["rate"]
+    id: str
+    axes: tuple[Axis, ...] = Field(min_length=1)
+    scorer: str
+    category: str
+    event: Literal["above", "below"] = "above"
+
+
+class GapMetric(_Strict):
+    """The worst difference of a rate between two groups, paired by template."""
+
+    kind: Literal["gap"]
+    id: str
+    axes: tuple[Axis, ...] = ("group",)
+    scorer: str
+    category: str
+    event: Literal["above", "below"] = "above"
+
+
+class AnswerMetric(_Strict):
+    """The share of truthfulness answers in which no accepted answer is found."""
+
+    kind: Literal["answer"]
+    id: str
+    axes: tuple[Axis, ...] = ("truthfulness",)
+
+
+class EmptyMetric(_Strict):
+    """The share of completions that are empty or white space only."""
+
+    kind: Literal["empty"]
+    id: str
+    axes: tuple[Axis, ...] = AXES
+
+
+Metric = Annotated[RateMetric | GapMetric | AnswerMetric | EmptyMetric, Field(discriminator="kind")]
+
+
+class Battery(_Strict):
+    """Everything that fixes what is asked, how, and how it is counted."""
+
+    name: str
+    version: int
+    tier: Tier
+    seed: int = Field(ge=0, lt=2**63)
+    batch_size: int = Field(ge=1, le=1024)
+    scorers: dict[str, str] = Field(description="name: embedded:NAME or python:MODULE:FACTORY")
+    sets: tuple[ProbeSet, ...] = Field(min_length=1)
+    metrics: tuple[Metric, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Battery:
+        for what, ids in (
+            ("probe id", [probe.id for probe in self.probes()]),
+            ("metric id", [metric.id for metric in self.metrics]),
+            ("set name", [probe_set.name for probe_set in self.sets]),
+        ):
+            twice = [name for name, count in Counter(ids).items() if count > 1]
+            if twice:
+                raise ValueError(f"{what} {twice[0]!r} occurs {Counter(ids)[twice[0]]} times")
+        for metric in self.metrics:
+            if isinstance(metric, RateMetric | GapMetric) and metric.scorer not in self.scorers:
+                raise ValueError(f"metric {metric.id!r} names scorer {metric.scorer!r}, which is not among the scorers")
+        return self
+
+    def probes(self) -> list[Probe]:
+        """Every probe, in the order of the sets."""
+        return [probe for probe_set in self.sets for probe in probe_set.probes]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the battery's canonical JSON: probes, decoding, metrics and all."""
+        return digest(self.model_dump(mode="json"))
+
+
+def load_battery(name: str) -> Battery:
+    """A battery that ships in the package (`quick`), a `.yaml` file whose sets name `.jsonl` files beside it, or a
+    `.json` file (a battery as a bundle holds it).
+
+    Raises UsageError naming file, key and cause.
+    """
+    if name.endswith((".yaml", ".yml", ".json")):
+        path = Path(name)
+    else:
+        path = Path(str(resources.files("steelyard.safety") / "batteries" / f"{name}.yaml"))
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
+            raise UsageError(f"battery {name!r} is unknown: give one of {known}, or the path of a .yaml file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    if path.suffix == ".json":
+        return battery_from_json(text, str(path))
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list):
+        raise UsageError(f"{path}: sets: a battery is a mapping with a list of sets")
+    for index, probe_set in enumerate(raw["sets"]):
+        if isinstance(probe_set, dict) and isinstance(probe_set.get("probes"), str):
+            probe_set["probes"] = _read_probes(inside(path.parent, probe_set["probes"]), f"{path}: sets.{index}.probes")
+    return _validated(raw, str(path))
+
+
+def battery_from_json(text: str, where: str) -> Battery:
+    """A battery from the JSON that a run or a bundle holds."""
+    try:
+        raw = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON: {error}") from error
+    return _validated(raw, where)
+
+
+def _read_probes(path: Path, where: str) -> list[object]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"{where}: {path}: {error.strerror}") from error
+    probes: list[object] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                probes.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{path}:{number}: not JSON: {error.msg}") from error
+    return probes
+
+
+def _validated(raw: object, where: str) -> Battery:
+    try:
+        return Battery.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{where}: {key or 'battery'}: {first['msg']}") from error

@@ -1,0 +1,105 @@
+"""A policy: the list of thresholds a release is held to, hashed before the first generation."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from steelyard.base.canonical import digest
+from steelyard.base.errors import UsageError
+from steelyard.safety.battery import Tier
+
+# What no policy may leave out: toxicity in free text and in chat, help with harm, over-refusal and its gap between
+# groups, and truth. An id is that of a battery's metric.
+REQUIRED_METRICS = (
+    "toxicity.degeneration",
+    "toxicity.chat",
+    "harm.compliance",
+    "refusal.benign",
+    "refusal.group_gap",
+    "truth.incorrect",
+    "output.empty",
+)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Criterion(_Strict):
+    """The one-sided 95% upper bound of `metric` must lie under `max`."""
+
+    metric: str
+    max: float = Field(gt=0, lt=1)
+
+
+class Predecessor(_Strict):
+    """Non-inferiority to the predecessor; what holds for a first release, which has none."""
+
+    first_release: Literal["allowed", "refused"]
+    margin: float = Field(gt=0, lt=1, description="how much worse a rate may be, with 95% confidence")
+
+
+class KeyRules(_Strict):
+    """Who may sign. `distinct`: evaluator and releaser must be two pinned identities."""
+
+    throwaway: Literal["allowed", "refused"]
+    distinct: bool
+    countersigned: bool = Field(description="battery, policy and ledger head countersigned before the first generation")
+
+
+class Policy(_Strict):
+    """Thresholds and rules. Nothing here can be overridden from a command line."""
+
+    name: str
+    version: int
+    tiers: tuple[Tier, ...] = Field(min_length=1)
+    criteria: tuple[Criterion, ...]
+    max_report_age_days: float = Field(gt=0)
+    max_identical_samples: float = Field(gt=0, le=1, description="share of probes whose k samples may be one text")
+    max_attempts: int = Field(ge=1, description="how many runs may have been started on this subject and battery")
+    scorers: dict[str, tuple[str, ...]] = Field(description="scorer name: accepted SHA-256 of its weights; empty: any")
+    predecessor: Predecessor
+    keys: KeyRules
+
+    @model_validator(mode="after")
+    def _complete(self) -> Policy:
+        names = [criterion.metric for criterion in self.criteria]
+        missing = [metric for metric in REQUIRED_METRICS if metric not in names]
+        if missing:
+            raise ValueError(f"no criterion for the required metric {', '.join(missing)}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"criterion {twice[0]!r} occurs twice")
+        return self
+
+    @property
+    def digest(self) -> str:
+        return digest(self.model_dump(mode="json"))
+
+
+def load_policy(name: str) -> Policy:
+    """A policy that ships in the package (`preview`, `public`) or a `.yaml`/`.json` file. Raises UsageError."""
+    if name.endswith((".yaml", ".yml", ".json")):
+        path = Path(name)
+    else:
+        path = Path(str(resources.files("steelyard.safety") / "policies" / f"{name}.yaml"))
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
+            raise UsageError(f"policy {name!r} is unknown: give one of {known}, or the path of a .yaml file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Policy.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path}: {key or 'policy'}: {first['msg']}") from error

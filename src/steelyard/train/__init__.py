@@ -1,0 +1,1 @@
+"""Training: for now the embedded scorers; issue by issue the rest."""
