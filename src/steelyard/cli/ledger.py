@@ -1,0 +1,60 @@
+"""`steelyard ledger`: what happened, and whether anyone changed the record."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from steelyard.base.errors import UsageError
+from steelyard.cli.options import WORKSPACE, AsJSON, Workspace
+from steelyard.cli.output import print_json, print_table
+
+app = typer.Typer(no_args_is_help=True, help="Show and verify the hash-chained event log.", rich_markup_mode=None)
+
+
+@app.command()
+def show(
+    kind: Annotated[str | None, typer.Option(help="Only events of this kind.")] = None,
+    workspace: Workspace = WORKSPACE,
+    as_json: AsJSON = False,
+) -> None:
+    """List the events, oldest first."""
+    with _open(workspace) as ledger:
+        events = ledger.events(kind)
+    if as_json:
+        print_json([vars(event) for event in events])
+        return
+    rows = [(str(e.seq), e.time, e.kind, json.dumps(e.payload, ensure_ascii=False)[:120], e.hash[:12]) for e in events]
+    print_table("Ledger", ("seq", "time", "kind", "payload", "hash"), rows)
+
+
+@app.command()
+def head(workspace: Workspace = WORKSPACE) -> None:
+    """Print SEQ:HASH of the last event: note it elsewhere, and truncation will show."""
+    with _open(workspace) as ledger:
+        event = ledger.head()
+    if event is None:
+        raise UsageError("the ledger is empty: it has no head yet")
+    print(f"{event.seq}:{event.hash}")
+
+
+@app.command()
+def verify(
+    head: Annotated[str | None, typer.Option(help="SEQ:HASH noted elsewhere; the ledger must still contain it.")] = None,
+    workspace: Workspace = WORKSPACE,
+) -> None:
+    """Find any edit, deletion or reorder; with --head also truncation."""
+    with _open(workspace) as ledger:
+        count = ledger.verify(expected_head=head)
+    print(f"{count} events, chain intact" + (f", head {head} present" if head else ""))
+
+
+def _open(workspace: Workspace):  # type: ignore[no-untyped-def]
+    from steelyard.ledger.ledger import Ledger
+
+    path = workspace / "ledger.sqlite"
+    if not path.exists():
+        raise UsageError(f"{path}: no ledger here: give --workspace")
+    return Ledger(path)

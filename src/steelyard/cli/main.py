@@ -1,0 +1,57 @@
+"""`steelyard`: one thin command per verb. Exit codes: 0 done, 1 refused or failed, 2 usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from steelyard.base.errors import SteelyardError
+from steelyard.cli import chat, doctor, key, ledger, model, release, run, safety, scorer
+
+app = typer.Typer(
+    name="steelyard",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Build, test and release open-weight language models: no release verifies without its complete, passed test.",
+)
+app.command("run")(run.run)
+app.command("chat")(chat.chat)
+app.command("release")(release.release)
+app.command("verify")(release.verify)
+app.command("doctor")(doctor.doctor)
+app.add_typer(model.app, name="model")
+app.add_typer(safety.app, name="safety")
+app.add_typer(scorer.app, name="scorer")
+app.add_typer(key.app, name="key")
+app.add_typer(ledger.app, name="ledger")
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C. Not an Exception, so that no handler on the way takes it for a failed score or a failed request."""
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise _Interrupted
+
+
+def main() -> None:
+    """The console script: errors become one line on standard error and an exit code."""
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except SteelyardError as error:
+        print(f"steelyard: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except _Interrupted:
+        print("steelyard: interrupted; run the same command again to go on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

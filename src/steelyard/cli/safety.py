@@ -1,0 +1,75 @@
+"""`steelyard safety`: run the test, and read its report again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steelyard.cli.options import WORKSPACE, AsJSON, Workspace
+from steelyard.cli.output import print_json, print_table
+
+app = typer.Typer(no_args_is_help=True, help="Run a battery on a model; report on a run.", rich_markup_mode=None)
+
+
+@app.command("run")
+def run(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    out: Annotated[Path, typer.Argument(help="The run's folder; a run that was stopped there is resumed.")],
+    battery: Annotated[str, typer.Option(help="quick, or a battery's .yaml.")] = "quick",
+    policy: Annotated[
+        list[str] | None, typer.Option(help="preview, public, or a policy's .yaml; may be repeated. Default: preview.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI-compatible server that answers in the model's place.")
+    ] = None,
+    endpoint_model: Annotated[str, typer.Option(help="The model's name at that server.")] = "default",
+    fail_fast: Annotated[bool, typer.Option(help="Stop as soon as the model has certainly failed.")] = False,
+    workspace: Workspace = WORKSPACE,
+    as_json: AsJSON = False,
+) -> None:
+    """Commit battery and policy to the ledger, generate, score, journal, report. Resumes after a kill."""
+    from steelyard.base.progress import default_progress
+    from steelyard.inference.endpoint import Endpoint
+    from steelyard.ledger.ledger import Ledger
+    from steelyard.model.identity import subject_of
+    from steelyard.safety.battery import load_battery
+    from steelyard.safety.policy import load_policy
+    from steelyard.safety.run import run_battery, shipped_sampling
+    from steelyard.scorers.registry import open_scorer
+
+    progress = default_progress(as_json=as_json)
+    chosen = load_battery(battery)
+    policies = [load_policy(name) for name in policy or ["preview"]]
+    answering: Endpoint
+    if endpoint is None:
+        from steelyard.inference.local import LocalEndpoint
+
+        answering = LocalEndpoint.open(model)
+    else:
+        from steelyard.inference.openai import OpenAIEndpoint
+
+        answering = OpenAIEndpoint(endpoint, endpoint_model)
+    with Ledger(workspace / "ledger.sqlite") as ledger:
+        result = run_battery(
+            endpoint=answering,
+            subject=subject_of(model, progress),
+            battery=chosen,
+            policies=policies,
+            scorers={name: open_scorer(reference) for name, reference in chosen.scorers.items()},
+            out=out,
+            ledger=ledger,
+            shipped=shipped_sampling(model),
+            progress=progress,
+            fail_fast=fail_fast,
+        )
+    _show(result, out, as_json)
+
+
+@app.command("report")
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.")], as_json: AsJSON = False) -> None:
+    """Recompute the report from the journal; write report.json, report.html and report.md again."""
+    from steelyard.safety.report import write_report
+
+    _show(write_report(run), run, as_json)
