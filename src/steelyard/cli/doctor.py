@@ -36,7 +36,9 @@ def doctor(as_json: AsJSON = False) -> None:
     for module, (extra, use) in _NEEDED_FOR.items():
         installed = find_spec(module) is not None
         version = _version(module) if installed else None
-        remedy = None if installed else f"pip install 'steelyard[{extra}]'" if extra != "core" else "pip install steelyard"
+        remedy = (
+            None if installed else f"pip install 'steelyard[{extra}]'" if extra != "core" else "pip install steelyard"
+        )
         parts.append({"part": module, "version": version, "needed_for": use, "extra": extra, "remedy": remedy})
     facts = {
         "python": platform.python_version(),

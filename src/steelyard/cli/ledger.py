@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from steelyard.base.errors import UsageError
 from steelyard.cli.options import WORKSPACE, AsJSON, Workspace
 from steelyard.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from steelyard.ledger.ledger import Ledger
 
 app = typer.Typer(no_args_is_help=True, help="Show and verify the hash-chained event log.", rich_markup_mode=None)
 
@@ -42,7 +46,9 @@ def head(workspace: Workspace = WORKSPACE) -> None:
 
 @app.command()
 def verify(
-    head: Annotated[str | None, typer.Option(help="SEQ:HASH noted elsewhere; the ledger must still contain it.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="SEQ:HASH noted elsewhere; the ledger must still contain it.")
+    ] = None,
     workspace: Workspace = WORKSPACE,
 ) -> None:
     """Find any edit, deletion or reorder; with --head also truncation."""
@@ -51,10 +57,10 @@ def verify(
     print(f"{count} events, chain intact" + (f", head {head} present" if head else ""))
 
 
-def _open(workspace: Workspace):  # type: ignore[no-untyped-def]
+def _open(workspace: Path) -> Ledger:
     from steelyard.ledger.ledger import Ledger
 
     path = workspace / "ledger.sqlite"
     if not path.exists():
         raise UsageError(f"{path}: no ledger here: give --workspace")
-    return Ledger(path)
+    return Ledger(path, read_only=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steelyard.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from steelyard.release.gate import Decision
 
 
 def print_json(value: Any) -> None:
@@ -30,6 +33,32 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_row(*(Text(cell) for cell in row))
     console = Console(width=None if os.isatty(1) else 150)
     console.print(table)
+
+
+def print_criteria(title: str, criteria: Sequence[Mapping[str, Any]]) -> None:
+    """One line a criterion: its bounds, threshold, sample and verdict. `criteria` as in a decision's JSON."""
+    rows = [
+        (c["metric"], _bound(c["lower"]), _bound(c["upper"]), f"{c['threshold']:.3f}", str(c["n"]), c["status"])
+        for c in criteria
+    ]
+    print_table(title, ("criterion", "lower 95%", "upper 95%", "threshold", "n", "verdict"), rows)
+
+
+def print_decision(decision: Decision, bundle: Path | None, *, as_json: bool) -> None:
+    """The gate's verdict with everything that led to it."""
+    found = decision.model_dump(mode="json", exclude={"report"}) | {"bundle": str(bundle) if bundle else None}
+    if as_json:
+        print_json(found)
+        return
+    print_criteria(f"{decision.verdict} under policy {decision.policy}", found["criteria"])
+    for finding in decision.findings:
+        print(f"{finding.code}: {finding.message}")
+    print(f"subject: {decision.subject}")
+    print(f"bundle:  {bundle}" if bundle else "bundle:  none: only PASS opens the door")
+
+
+def _bound(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def passphrase(file: Path | None, *, confirm: bool = False) -> bytes:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from steelyard.cli.options import WORKSPACE, AsJSON, Workspace
-from steelyard.cli.output import print_json, print_table
+from steelyard.cli.output import print_criteria, print_json
+
+if TYPE_CHECKING:
+    from steelyard.safety.report import Report
 
 app = typer.Typer(no_args_is_help=True, help="Run a battery on a model; report on a run.", rich_markup_mode=None)
 
@@ -73,3 +76,13 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.")], as_json
     from steelyard.safety.report import write_report
 
     _show(write_report(run), run, as_json)
+
+
+def _show(report: Report, run: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    for view in report.policies:
+        criteria = [criterion.model_dump() | {"threshold": criterion.max} for criterion in view.criteria]
+        print_criteria(f"criteria of policy {view.name}: {view.status} (the gate decides on a release)", criteria)
+    print(f"report: {run / 'report.html'}")

