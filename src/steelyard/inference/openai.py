@@ -1,0 +1,274 @@
+"""Completions from any server that speaks the OpenAI protocol: vLLM, llama.cpp, a hosted service.
+
+A request ends in a completion or in an error that names the address and the request; never in an empty stand-in. What
+a server adds of its own (its template, its system prompt, sampling settings the protocol has no field for) is its own:
+a remote endpoint proves nothing about the weights behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from steelyard.base.errors import SteelyardError, UsageError, require_extra
+from steelyard.inference.endpoint import Completion, Request
+
+try:
+    import httpx
+except ImportError:
+    raise require_extra("httpx", "models") from None
+
+KEY_VARIABLE = "STEELYARD_API_KEY"
+BODY_BYTES = 16 << 20  # an answer of 100,000 tokens takes about 1 MB
+BACKOFF_S = 0.5  # before the second try; doubles with every further one
+LONGEST_WAIT_S = 60.0  # whatever a server's Retry-After asks for
+RETRIED_STATUS = frozenset({408, 409, 429, *range(500, 600)})
+_FINISH: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
+
+
+class _TryAgainError(Exception):
+    """A failure that may pass; `wait_s` is what the server asked for, if it did."""
+
+    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class OpenAIEndpoint:
+    """An Endpoint over HTTP."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        concurrency: int = 8,
+        timeout_s: float = 60.0,
+        retries: int = 5,
+    ) -> None:
+        """`base_url`: `http://host:8000` (then `/v1` is added) or an address with its path, `https://host/openai/v1`.
+
+        `api_key` is sent as a bearer token; without it, the environment's STEELYARD_API_KEY is, if set. `concurrency`
+        requests are under way at once, each try at most `timeout_s` seconds, with at most `retries` tries after the
+        first. Raises UsageError for settings that can't work; opens no connection.
+        """
+        try:
+            parts = urlsplit(base_url)
+            well_formed = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            httpx.URL(base_url)
+        except (ValueError, httpx.InvalidURL):
+            well_formed = False
+        if not well_formed:
+            raise UsageError("base_url: must be an http:// or https:// address, such as http://localhost:8000/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise UsageError(
+                f"base_url: must hold no user, password, query or fragment: give the key in {KEY_VARIABLE}"
+            )
+        if not model:
+            raise UsageError("model: must name a model that the server serves")
+        if concurrency < 1 or retries < 0 or not (0 < timeout_s < math.inf):
+            raise UsageError("concurrency must be at least 1, retries at least 0, timeout_s a positive time")
+        key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE, "")
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise UsageError(f"the API key (argument or {KEY_VARIABLE}) holds characters no HTTP header can carry")
+        path = parts.path.rstrip("/") or "/v1"
+        self.base_url = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+        self.model, self.concurrency, self.timeout_s, self.retries = model, concurrency, timeout_s, retries
+        self._key = key
+
+    def __repr__(self) -> str:
+        return f"OpenAIEndpoint({self.base_url!r}, {self.model!r})"
+
+    def identity(self) -> dict[str, Any]:
+        """`kind` (`remote`), `base_url` and `model`: a claim of the server's, not a proof."""
+        return {"kind": "remote", "base_url": self.base_url, "model": self.model}
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion per request, in order. Raises SteelyardError at the first that fails for good.
+
+        A conversation goes to `/chat/completions`, text to `/completions`. Statuses 408, 409, 429 and 5xx, failed
+        connections and time-outs are tried again. Redirects are not followed, so the key goes to `base_url` alone.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self._generate(requests))
+        with ThreadPoolExecutor(1) as pool:  # the caller has a loop of its own, as notebooks do
+            return pool.submit(asyncio.run, self._generate(requests)).result()
+
+    async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+        done: list[Completion | None] = [None] * len(requests)
+        queue = iter(enumerate(requests))
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        try:
+            async with (
+                httpx.AsyncClient(headers=headers, timeout=self.timeout_s, follow_redirects=False) as client,
+                asyncio.TaskGroup() as group,
+            ):
+                for _ in range(min(self.concurrency, len(requests))):
+                    group.create_task(self._work(client, queue, done))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [completion for completion in done if completion is not None]
+
+    async def _work(
+        self, client: httpx.AsyncClient, queue: Iterator[tuple[int, Request]], done: list[Completion | None]
+    ) -> None:
+        for index, request in queue:
+            done[index] = await self._complete(client, request)
+
+    async def _complete(self, client: httpx.AsyncClient, request: Request) -> Completion:
+        chat = not isinstance(request.prompt, str)
+        url = f"{self.base_url}/{'chat/completions' if chat else 'completions'}"
+        body = json.dumps(self._body(request)).encode()
+        for attempt in range(self.retries + 1):
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    answer = await self._post(client, url, body)
+                break
+            except TimeoutError:
+                failure = _TryAgainError(f"no answer within {self.timeout_s:g} s")
+            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+                raise self._error(url, request, f"the request can't be sent: {type(error).__name__}") from None
+            except httpx.TransportError as error:
+                failure = _TryAgainError(f"{type(error).__name__}: {error}".rstrip(": "))
+            except _TryAgainError as error:
+                failure = error
+            except SteelyardError as error:
+                raise self._error(url, request, str(error)) from None
+            if attempt == self.retries:
+                raise self._error(url, request, f"gave up after {attempt + 1} tries, the last: {failure}") from None
+            # Half of the wait is drawn anew each time, so that clients turned away together don't return together.
+            wait = BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0) if failure.wait_s is None else failure.wait_s
+            await asyncio.sleep(min(wait, LONGEST_WAIT_S))
+        try:
+            text, finish = _read_answer(answer, chat=chat)
+        except SteelyardError as error:
+            raise self._error(url, request, str(error)) from None
+        stops = [text.find(stop) for stop in request.sampling.stop if stop in text]
+        if stops:  # a server that sends the stop string along, or ignored it
+            text, finish = text[: min(stops)], "stop"
+        return Completion(id=request.id, text=text, finish=finish, prompt_tokens=None, tokens=None)
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": request.seed,
+            "stream": False,
+        }
+        if isinstance(request.prompt, str):
+            body["prompt"] = request.prompt
+        else:
+            body["messages"] = [{"role": message.role, "content": message.content} for message in request.prompt]
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if sampling.top_k > 0:  # not of OpenAI's own protocol, but of every open server's
+            body["top_k"] = sampling.top_k
+        return body
+
+    async def _post(self, client: httpx.AsyncClient, url: str, body: bytes) -> Any:
+        """The JSON value answered with status 200. Raises _TryAgainError, httpx.TransportError, SteelyardError."""
+        headers = {"Content-Type": "application/json"}
+        async with client.stream("POST", url, content=body, headers=headers) as response:
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise SteelyardError("the answer is compressed, though that was declined")
+            content = bytearray()
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > BODY_BYTES:
+                    raise SteelyardError(f"the answer is longer than {BODY_BYTES >> 20} MiB")
+            kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+            if response.status_code in RETRIED_STATUS:
+                raise _TryAgainError(_status_line(response, content), _wait_asked(response))
+            if response.is_redirect:
+                raise SteelyardError(
+                    f"HTTP {response.status_code}, a redirect to {response.headers.get('Location', 'nowhere')!r}: "
+                    "give the final address as base_url"
+                )
+            if response.status_code != 200:
+                raise SteelyardError(_status_line(response, content))
+            if kind != "application/json":
+                raise SteelyardError(f"answered {kind or 'without a type'}, not JSON: is this an OpenAI-style server?")
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise SteelyardError(f"the answer is not valid JSON ({error}): {_excerpt(content)}") from None
+
+    def _error(self, url: str, request: Request, reason: str) -> SteelyardError:
+        text = f"{url}: request {request.id!r}: {reason}"
+        if self._key:
+            text = text.replace(self._key, "***")  # some servers quote the key they refuse
+        return SteelyardError("".join(c if c.isprintable() else " " for c in text))
+
+
+def _read_answer(answer: Any, *, chat: bool) -> tuple[str, Literal["stop", "length"]]:
+    """Text and finish of a response object; SteelyardError says what it lacks."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list):
+        raise SteelyardError(f"the answer has no list of choices: {_excerpt(json.dumps(answer).encode())}")
+    if len(choices) != 1:
+        raise SteelyardError(f"the answer has {len(choices)} choices, not the one asked for")
+    choice = choices[0] if isinstance(choices[0], dict) else {}
+    reason = choice.get("finish_reason")
+    if not isinstance(reason, str) or reason not in _FINISH:
+        raise SteelyardError(
+            f"finish_reason is {reason!r}: the server withheld or cut its answer (stop or length wanted)"
+        )
+    holder = choice.get("message") if chat else choice
+    name, where = ("content", "message.content") if chat else ("text", "text")
+    if not isinstance(holder, dict) or name not in holder:
+        raise SteelyardError(f"the answer has no {where}")
+    text = holder[name]
+    if not isinstance(text, str):
+        raise SteelyardError(f"{where} is {'null' if text is None else type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SteelyardError(f"{where} is not valid Unicode") from None
+    return text, _FINISH[reason]
+
+
+def _status_line(response: httpx.Response, content: bytes | bytearray) -> str:
+    """`HTTP 429 (what the server says)`, the message picked out of an OpenAI-style error object."""
+    said = _excerpt(content)
+    try:
+        error = json.loads(content)["error"]
+        said = _excerpt(str(error["message"] if isinstance(error, dict) else error).encode())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass  # the body as it is
+    return f"HTTP {response.status_code}" + (f" ({said})" if said else "")
+
+
+def _excerpt(content: bytes | bytearray) -> str:
+    text = " ".join(content[:1000].decode(errors="replace").split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _wait_asked(response: httpx.Response) -> float | None:
+    """Seconds to wait by the Retry-After header (a number or a date); None where it is absent or makes no sense."""
+    value = response.headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            when = parsedate_to_datetime(value)
+        except (ValueError, TypeError):
+            return None
+        seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
+    return max(0.0, seconds) if math.isfinite(seconds) else None

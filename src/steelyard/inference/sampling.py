@@ -1,0 +1,223 @@
+"""Drawing the next token: noise that depends on (seed, position) alone, filters in float32, greedy.
+
+The noise is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a counter-based
+generator: no state, so a row draws the same whatever its neighbours, and a replay may start anywhere.
+
+Of the ways to turn noise into a token, Gumbel-max (argmax of logit + Gumbel noise) changes its choice least when logits
+change a little (other hardware, another batch size): the chance of another token is about the total variation between
+the two distributions. Inverting the cumulative distribution needs one number only, but every rounding moves all later
+boundaries. One Gumbel number for each of 49,152 tokens and 64 rows would cost more than the model, so the argmax is
+taken in two levels, which is exactly as distributed: first a block of 256 neighbouring token ids by
+log-sum-exp(block) + noise, then a token in it by logit + noise: 448 numbers a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steelyard.base.errors import SteelyardError
+from steelyard.inference.endpoint import Sampling
+
+BLOCK = 256
+LEADING = 64  # how many leading logits are looked at before a row's nucleus is sorted for in full
+
+
+def philox(counter: npt.NDArray[np.uint32], key: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """Philox4x32-10: counters uint32 [..., 4] and keys uint32 [..., 2] (broadcast) to uint32 [..., 4]."""
+    low = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
+    k0, k1 = (key[..., i].astype(np.uint64) for i in range(2))
+    for _ in range(10):
+        left, right = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (right >> shift) ^ c1 ^ k0, right & low, (left >> shift) ^ c3 ^ k1, left & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1).astype(np.uint32)
+
+
+def gumbel(seeds: Sequence[int], positions: Sequence[int], count: int) -> Tensor:
+    """Standard Gumbel noise, float32 [len(seeds), count], a function of each row's seed and position only.
+
+    Seeds are taken modulo 2**64, positions modulo 2**32. Number i comes from word i % 4 of counter (i // 4, position).
+    """
+    seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
+    key = np.stack((seed & np.uint64(0xFFFFFFFF), seed >> np.uint64(32)), axis=-1).astype(np.uint32)
+    quads = -(-count // 4)
+    counter = np.zeros((len(seed), quads, 4), dtype=np.uint32)
+    counter[:, :, 0] = np.arange(quads)
+    counter[:, :, 1] = np.array([p & 0xFFFFFFFF for p in positions], dtype=np.uint32)[:, None]
+    words = philox(counter, key[:, None]).reshape(len(seed), -1)[:, :count]
+    uniform = (words.astype(np.float64) + 0.5) * 2.0**-32  # never 0 or 1
+    return torch.from_numpy((-np.log(-np.log(uniform))).astype(np.float32))
+
+
+def check_sampling(sampling: Sampling, name: str) -> None:
+    """Raise SteelyardError, naming the request, for settings that mean nothing."""
+    faults = {
+        "temperature must be 0 (greedy) or more, and finite": not 0 <= sampling.temperature < float("inf"),
+        "top_p must be over 0 and at most 1": not 0 < sampling.top_p <= 1,
+        "top_k must be 0 (off) or more": sampling.top_k < 0,
+        "max_tokens must be at least 1": sampling.max_tokens < 1,
+        "an empty stop string would stop everything": "" in sampling.stop,
+    }
+    for fault, present in faults.items():
+        if present:
+            raise SteelyardError(f"request {name}: {fault}: {sampling}")
+
+
+def choose(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """The next token of every row: int64 [B], for logits [B, V] of any floating dtype.
+
+    `positions` are the indices of the generated token within its completion. A row's token depends on that row's
+    arguments alone. A row whose largest logit is NaN or infinite gives -1.
+    """
+    greedy = [i for i, sampling in enumerate(samplings) if sampling.temperature == 0]
+    if len(greedy) == len(samplings):
+        return _greedy(logits)
+    if not greedy:
+        return _draw(logits, samplings, seeds, positions)
+    drawn = [i for i, sampling in enumerate(samplings) if sampling.temperature != 0]
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    tokens[greedy] = _greedy(logits[greedy])
+    tokens[drawn] = _draw(
+        logits[drawn], [samplings[i] for i in drawn], [seeds[i] for i in drawn], [positions[i] for i in drawn]
+    )
+    return tokens
+
+
+def margins(logits: Tensor, tokens: Tensor, sampling: Sampling, seed: int, positions: Sequence[int]) -> list[float]:
+    """How far each of `tokens` [T], generated at `positions` of one completion, is from what `logits` [T, V] choose.
+
+    0.0 where it is the choice; otherwise the sum, in units of logit / temperature (of logit, where greedy), of what it
+    lacks: to pass the filters, for its block to win, and to win in its block. infinity where logits are not finite.
+    """
+    rows = torch.arange(len(tokens), device=logits.device)
+    if sampling.temperature == 0:
+        wide = logits.float()
+        top = wide.amax(-1)
+        lacking = (top - wide[rows, tokens]).masked_fill(~top.isfinite(), torch.inf)
+        return [float(value) for value in lacking]
+    samplings, count = [sampling] * len(tokens), len(tokens)
+    scaled, finite = _scale(logits, samplings)
+    own = scaled[rows, tokens]
+    threshold = _thresholds(scaled, samplings)
+    lacking = (threshold - own).clamp_min(0.0) if threshold is not None else torch.zeros_like(own)
+    kept = scaled if threshold is None else scaled.masked_fill(scaled < threshold[:, None], -torch.inf)
+    kept[rows, tokens] = own
+    blocks, within = _noise(kept, [seed] * count, positions)
+    mass = _blocks(kept).exp().sum(-1).log() + blocks
+    lacking += mass.amax(-1) - mass[rows, tokens // BLOCK]
+    inner = _blocks(kept)[rows, tokens // BLOCK] + within
+    lacking += inner.amax(-1) - inner[rows, tokens % BLOCK]
+    lacking[~finite] = torch.inf
+    return [float(value) for value in lacking]
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[B, V] as [B, V / BLOCK, BLOCK]; a short last block is filled up with -inf (a copy only then)."""
+    if x.shape[1] % BLOCK:
+        x = F.pad(x, (0, -x.shape[1] % BLOCK), value=-torch.inf)
+    return x.view(len(x), -1, BLOCK)
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    """argmax, the lowest id on a tie, -1 for rows that are not finite. By blocks: argmax itself is slow, and slower in
+    bfloat16, whose conversion to float32 is exact and cheap."""
+    blocks = _blocks(logits.float())
+    tops = blocks.amax(-1)  # [B, blocks]
+    best, block = tops.max(-1)
+    token = block * BLOCK + blocks[torch.arange(len(block), device=block.device), block].argmax(-1)
+    return torch.where(best.isfinite(), token, -1)
+
+
+def _scale(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
+    """(logits - their maximum) / temperature in float32 [B, V], and which rows are finite [B].
+
+    The maximum goes first, so that no temperature overflows.
+    """
+    temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=logits.device)
+    wide = logits.float()
+    top = wide.amax(-1, keepdim=True)
+    scaled = torch.sub(wide, top)
+    scaled /= temperatures[:, None].clamp_min(torch.finfo(torch.float32).tiny)
+    return scaled, top[:, 0].isfinite()
+
+
+def _noise(scaled: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Gumbel numbers for blocks [B, V / BLOCK] and for the tokens of the chosen block [B, BLOCK]."""
+    blocks = -(-scaled.shape[1] // BLOCK)
+    noise = gumbel(seeds, positions, BLOCK + blocks).to(scaled.device)
+    return noise[:, BLOCK:], noise[:, :BLOCK]
+
+
+def _draw(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+    scaled, finite = _scale(logits, samplings)
+    threshold = _thresholds(scaled, samplings)
+    if threshold is not None:
+        scaled = scaled.masked_fill_(scaled < threshold[:, None], -torch.inf)
+    for_blocks, within = _noise(scaled, seeds, positions)
+    blocks = _blocks(scaled)
+    block = (blocks.exp().sum(-1).log() + for_blocks).argmax(-1)  # [B]
+    rows = torch.arange(len(block), device=block.device)
+    token = block * BLOCK + (blocks[rows, block] + within).argmax(-1)
+    return torch.where(finite, token, -1)
+
+
+def _thresholds(scaled: Tensor, samplings: Sequence[Sampling]) -> Tensor | None:
+    """The lowest scaled logit each row keeps under top-k, then top-p: float32 [B]; None where nothing is filtered.
+
+    Top-p keeps the fewest leading tokens whose probability, among those top-k kept, reaches `top_p`. Tokens that tie
+    with the last one kept stay: a threshold, unlike a rank, does not depend on the order of a sort.
+    """
+    vocab = scaled.shape[1]
+    top_k = [sampling.top_k if 0 < sampling.top_k < vocab else vocab for sampling in samplings]
+    filtering = [k < vocab or sampling.top_p < 1 for k, sampling in zip(top_k, samplings, strict=True)]
+    if not any(filtering):
+        return None
+    ks = torch.tensor(top_k, device=scaled.device)
+    # beyond 1 where off: a sum rounded to just 1 must not cut the tail
+    top_p = torch.tensor([s.top_p if s.top_p < 1 else 2.0 for s in samplings], device=scaled.device)
+    whole = scaled.exp().sum(-1)  # [B]
+
+    def cut(leading: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Thresholds of `rows` from their leading logits (descending), and whether these were enough to tell."""
+        k, width = ks[rows], leading.shape[1]
+        inside = torch.arange(width, device=leading.device) < k[:, None]
+        probability = leading.exp().masked_fill(~inside, 0.0)
+        running = probability.cumsum(-1)
+        total = torch.where(k < vocab, running[:, -1], whole[rows])
+        before = running - probability  # mass of the tokens ahead of this one
+        keep = inside & (before < (top_p[rows] * total)[:, None])
+        keep[:, 0] = True
+        last = keep.sum(-1) - 1
+        enough = (k <= width) | ((k == vocab) & ~keep[:, -1]) | (width == vocab)
+        return leading.gather(1, last[:, None])[:, 0], enough
+
+    every = torch.arange(len(scaled), device=scaled.device)
+    threshold, enough = cut(_leading(scaled, min(LEADING, vocab)), every)
+    untouched = torch.tensor([not flag for flag in filtering], device=scaled.device)
+    rest = (~enough & ~untouched).nonzero()[:, 0]
+    if len(rest):
+        threshold[rest] = cut(scaled[rest].sort(-1, descending=True).values, rest)[0]
+    threshold[untouched] = -torch.inf
+    return threshold
+
+
+def _leading(scaled: Tensor, count: int) -> Tensor:
+    """The `count` largest of every row, descending: [B, count].
+
+    They lie in the `count` groups with the largest maxima, so only these are searched: several times faster than topk
+    over the vocabulary.
+    """
+    group = 32
+    if scaled.shape[1] % group or scaled.shape[1] < 4 * group * count:
+        return scaled.topk(count, -1).values
+    groups = scaled.view(len(scaled), -1, group)
+    best = groups.amax(-1).topk(count, -1).indices[:, :, None].expand(-1, -1, group)
+    return groups.gather(1, best).reshape(len(scaled), -1).topk(count, -1).values
