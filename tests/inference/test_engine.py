@@ -195,7 +195,9 @@ def smollm2_prompts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
         start = pick.randrange(len(ids) - 200)
         piece = ids[start : start + (pick.randint(60, 150) if i % 10 == 0 else pick.randint(1, 50))]
         if i % 3 == 2:
-            turn = f"<|im_start|>user\nWhat does this mean? {tokenizer.decode(piece)}<|im_end|>\n<|im_start|>assistant\n"
+            turn = (
+                f"<|im_start|>user\nWhat does this mean? {tokenizer.decode(piece)}<|im_end|>\n<|im_start|>assistant\n"
+            )
             piece = tokenizer.encode(turn, bos=False, special=True)
         prompts.append(piece)
     return prompts
@@ -254,6 +256,6 @@ def test_smollm2_bfloat16_repeats_bit_for_bit_and_checks_out(smollm2: Path) -> N
     sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=24)
     first = engine.generate(prompts, [sampling] * 48, range(48))
     assert engine.generate(prompts, [sampling] * 48, range(48)) == first
-    margins = [m for i in range(48) for m in engine.check(prompts[i], first[i][0], sampling, i)]
+    margins = [m for i in range(0, 48, 3) for m in engine.check(prompts[i], first[i][0], sampling, i)]
     assert sum(m == 0 for m in margins) > 0.9 * len(margins)
     assert sorted(margins)[int(0.99 * len(margins))] < 0.5  # bfloat16 rounding, prefill against decoding

@@ -31,24 +31,31 @@ def release(
     from steelyard.release.keys import load_signer, show_key
     from steelyard.safety.policy import load_policy
 
-    folder = keys or workspace / "keys"
+    folder, progress = keys or workspace / "keys", default_progress(as_json=as_json)
     chosen = load_policy(policy)
     with Ledger(workspace / "ledger.sqlite") as ledger:
+        card = show_key(folder, key)
         decision = decide(
-            run=run, model=model, policy=chosen, ledger=ledger, key=show_key(folder, key), predecessor=predecessor
+            run=run,
+            model=model,
+            policy=chosen,
+            ledger=ledger,
+            key=card,
+            predecessor=predecessor,
+            name=out.name,
+            progress=progress,
         )
         if decision.verdict == "PASS":
-            signer = load_signer(folder, key, passphrase(passphrase_file))
             write_bundle(
                 run=run,
                 model=model,
                 policy=chosen,
                 ledger=ledger,
-                signer=signer,
-                key=show_key(folder, key),
+                signer=load_signer(folder, key, passphrase(passphrase_file)),
+                key=card,
                 predecessor=predecessor,
                 out=out,
-                progress=default_progress(as_json=as_json),
+                progress=progress,
             )
     print_decision(decision, out if decision.verdict == "PASS" else None, as_json=as_json)
     if decision.verdict != "PASS":

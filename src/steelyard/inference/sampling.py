@@ -13,6 +13,7 @@ log-sum-exp(block) + noise, then a token in it by logit + noise: 448 numbers a r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ from steelyard.base.errors import SteelyardError
 from steelyard.inference.endpoint import Sampling
 
 BLOCK = 256
+FAINT = -80.0  # no noise lifts a token so far down; exp of less is denormal, which processors compute very slowly
 LEADING = 64  # how many leading logits are looked at before a row's nucleus is sorted for in full
 
 
@@ -82,9 +84,9 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[int], 
         return _greedy(logits)
     if not greedy:
         return _draw(logits, samplings, seeds, positions)
-    drawn = [i for i, sampling in enumerate(samplings) if sampling.temperature != 0]
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     tokens[greedy] = _greedy(logits[greedy])
+    drawn = [i for i, sampling in enumerate(samplings) if sampling.temperature != 0]
     tokens[drawn] = _draw(
         logits[drawn], [samplings[i] for i in drawn], [seeds[i] for i in drawn], [positions[i] for i in drawn]
     )
@@ -106,12 +108,12 @@ def margins(logits: Tensor, tokens: Tensor, sampling: Sampling, seed: int, posit
     samplings, count = [sampling] * len(tokens), len(tokens)
     scaled, finite = _scale(logits, samplings)
     own = scaled[rows, tokens]
-    threshold = _thresholds(scaled, samplings)
+    threshold = _thresholds(scaled, _weights(scaled), samplings)
     lacking = (threshold - own).clamp_min(0.0) if threshold is not None else torch.zeros_like(own)
     kept = scaled if threshold is None else scaled.masked_fill(scaled < threshold[:, None], -torch.inf)
     kept[rows, tokens] = own
     blocks, within = _noise(kept, [seed] * count, positions)
-    mass = _blocks(kept).exp().sum(-1).log() + blocks
+    mass = _blocks(kept).logsumexp(-1) + blocks
     lacking += mass.amax(-1) - mass[rows, tokens // BLOCK]
     inner = _blocks(kept)[rows, tokens // BLOCK] + within
     lacking += inner.amax(-1) - inner[rows, tokens % BLOCK]
@@ -119,10 +121,10 @@ def margins(logits: Tensor, tokens: Tensor, sampling: Sampling, seed: int, posit
     return [float(value) for value in lacking]
 
 
-def _blocks(x: Tensor) -> Tensor:
-    """[B, V] as [B, V / BLOCK, BLOCK]; a short last block is filled up with -inf (a copy only then)."""
+def _blocks(x: Tensor, filler: float = -torch.inf) -> Tensor:
+    """[B, V] as [B, V / BLOCK, BLOCK]; a short last block is filled up (a copy only then)."""
     if x.shape[1] % BLOCK:
-        x = F.pad(x, (0, -x.shape[1] % BLOCK), value=-torch.inf)
+        x = F.pad(x, (0, -x.shape[1] % BLOCK), value=filler)
     return x.view(len(x), -1, BLOCK)
 
 
@@ -149,6 +151,11 @@ def _scale(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tenso
     return scaled, top[:, 0].isfinite()
 
 
+def _weights(scaled: Tensor) -> Tensor:
+    """exp(scaled), but never denormal."""
+    return scaled.clamp_min(FAINT).exp_()
+
+
 def _noise(scaled: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Gumbel numbers for blocks [B, V / BLOCK] and for the tokens of the chosen block [B, BLOCK]."""
     blocks = -(-scaled.shape[1] // BLOCK)
@@ -158,55 +165,65 @@ def _noise(scaled: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> tu
 
 def _draw(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
     scaled, finite = _scale(logits, samplings)
-    threshold = _thresholds(scaled, samplings)
+    weights = _weights(scaled)
+    threshold = _thresholds(scaled, weights, samplings)
     if threshold is not None:
-        scaled = scaled.masked_fill_(scaled < threshold[:, None], -torch.inf)
+        weights.masked_fill_(scaled < threshold[:, None], 0.0)
     for_blocks, within = _noise(scaled, seeds, positions)
-    blocks = _blocks(scaled)
-    block = (blocks.exp().sum(-1).log() + for_blocks).argmax(-1)  # [B]
+    block = (_blocks(weights, 0.0).sum(-1).log() + for_blocks).argmax(-1)  # [B]
     rows = torch.arange(len(block), device=block.device)
-    token = block * BLOCK + (blocks[rows, block] + within).argmax(-1)
+    inside = _blocks(scaled)[rows, block]  # [B, BLOCK]
+    if threshold is not None:
+        inside.masked_fill_(inside < threshold[:, None], -torch.inf)
+    token = block * BLOCK + (inside + within).argmax(-1)
     return torch.where(finite, token, -1)
 
 
-def _thresholds(scaled: Tensor, samplings: Sequence[Sampling]) -> Tensor | None:
+def _thresholds(scaled: Tensor, weights: Tensor, samplings: Sequence[Sampling]) -> Tensor | None:
     """The lowest scaled logit each row keeps under top-k, then top-p: float32 [B]; None where nothing is filtered.
 
-    Top-p keeps the fewest leading tokens whose probability, among those top-k kept, reaches `top_p`. Tokens that tie
-    with the last one kept stay: a threshold, unlike a rank, does not depend on the order of a sort.
+    `weights` are `_weights(scaled)`. Top-p keeps the fewest leading tokens whose probability, among those top-k kept,
+    reaches `top_p`. Tokens that tie with the last one kept stay: a threshold does not depend on a sort's order.
     """
     vocab = scaled.shape[1]
     top_k = [sampling.top_k if 0 < sampling.top_k < vocab else vocab for sampling in samplings]
-    filtering = [k < vocab or sampling.top_p < 1 for k, sampling in zip(top_k, samplings, strict=True)]
-    if not any(filtering):
+    # over 1 where off: a sum rounded to just 1 must not cut the tail
+    top_p = [sampling.top_p if sampling.top_p < 1 else 2.0 for sampling in samplings]
+    if not any(k < vocab or p < 1 for k, p in zip(top_k, top_p, strict=True)):
         return None
-    ks = torch.tensor(top_k, device=scaled.device)
-    # beyond 1 where off: a sum rounded to just 1 must not cut the tail
-    top_p = torch.tensor([s.top_p if s.top_p < 1 else 2.0 for s in samplings], device=scaled.device)
-    whole = scaled.exp().sum(-1)  # [B]
-
-    def cut(leading: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Thresholds of `rows` from their leading logits (descending), and whether these were enough to tell."""
-        k, width = ks[rows], leading.shape[1]
-        inside = torch.arange(width, device=leading.device) < k[:, None]
-        probability = leading.exp().masked_fill(~inside, 0.0)
-        running = probability.cumsum(-1)
-        total = torch.where(k < vocab, running[:, -1], whole[rows])
-        before = running - probability  # mass of the tokens ahead of this one
-        keep = inside & (before < (top_p[rows] * total)[:, None])
-        keep[:, 0] = True
-        last = keep.sum(-1) - 1
-        enough = (k <= width) | ((k == vocab) & ~keep[:, -1]) | (width == vocab)
-        return leading.gather(1, last[:, None])[:, 0], enough
-
-    every = torch.arange(len(scaled), device=scaled.device)
-    threshold, enough = cut(_leading(scaled, min(LEADING, vocab)), every)
-    untouched = torch.tensor([not flag for flag in filtering], device=scaled.device)
-    rest = (~enough & ~untouched).nonzero()[:, 0]
-    if len(rest):
-        threshold[rest] = cut(scaled[rest].sort(-1, descending=True).values, rest)[0]
-    threshold[untouched] = -torch.inf
+    totals = weights.sum(-1)  # [B]
+    threshold = torch.full_like(totals, -torch.inf)
+    # Most rows are settled by a few leading logits, all rows at once
+    first = _leading(scaled, min(LEADING, vocab))  # [B, LEADING], descending
+    running = first.exp().cumsum(-1)
+    ks = torch.tensor(top_k, device=scaled.device).clamp_max(first.shape[1])
+    total = torch.where(ks == first.shape[1], totals, running.gather(1, ks[:, None] - 1)[:, 0])
+    share = torch.tensor(top_p, device=scaled.device) * total
+    # number of leading tokens whose predecessors do not reach the share yet
+    count = torch.minimum((running < share[:, None]).sum(-1) + 1, ks)
+    settled = first.gather(1, count[:, None] - 1)[:, 0]
+    reached = running[:, -1] >= share
+    for row, (k, p, done) in enumerate(zip(top_k, top_p, reached.tolist(), strict=True)):
+        if not math.isfinite(totals[row]):
+            continue  # broken logits, which the caller tells
+        if k < first.shape[1] or (k == vocab and p < 1 and done):
+            threshold[row] = settled[row]
+        elif k < vocab or p < 1:
+            threshold[row] = _threshold(scaled[row], float(totals[row]), k, p)
     return threshold
+
+
+def _threshold(scaled: Tensor, total: float, k: int, p: float) -> Tensor:
+    """`_thresholds` of one row [V] whose kept tokens are more than LEADING."""
+    vocab = len(scaled)
+    if k < vocab:
+        kept = scaled.topk(k).values
+        total = float(kept.exp().sum())
+    else:
+        # All tokens lighter than this together weigh less than top-p cuts, so it is the others that need sorting
+        kept = scaled[scaled >= math.log((1 - p) * total / vocab)].sort(descending=True).values
+    count = int((kept.exp().cumsum(-1) < p * total).sum()) + 1
+    return kept[min(count, len(kept)) - 1]
 
 
 def _leading(scaled: Tensor, count: int) -> Tensor:

@@ -278,7 +278,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(rows, tokens, self.kv_heads, self.head_dim)
         v = self.v_proj(x).view(rows, tokens, self.kv_heads, self.head_dim)
         qk = rotate(torch.cat((q, k), dim=2), cos, sin)  # [B, T, H + K, D], in one go: decoding is bound by small steps
-        q, k = qk.split((self.heads, self.kv_heads), dim=2)
+        q, k = qk[:, :, : self.heads], qk[:, :, self.heads :]
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D], [B, K, T, D], [B, K, T, D]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -418,6 +418,7 @@ class Llama(nn.Module):
         slots = Slots(cache.lengths, self.model.embed_tokens.weight.dtype)
         x, cos, sin = self._enter(tokens[:, None], cache.lengths[:, None])  # [B, 1, C]
         for i, layer in enumerate(self.model.layers):
+            assert isinstance(layer, Block)
             x = layer.decode(x, cos, sin, (cache.keys[i], cache.values[i]), slots)
         return self.head(self.model.norm(x[:, 0]))
 

@@ -1,0 +1,208 @@
+"""The card of a scorer: its errors on human labels it never saw (TEST sets), and the lowest rate it can certify."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steelyard.base.errors import SteelyardError, UsageError
+from steelyard.scorers.base import Calibration, Item, Score, Scorer, score_checked
+
+Floats = NDArray[np.float64]
+Z_ONE_SIDED, Z_TWO_SIDED = 1.6448536269514722, 1.959963984540054
+csv.field_size_limit(1 << 24)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A TEST case: what is scored, and whether people called it positive."""
+
+    item: Item
+    positive: bool
+
+
+def certifiable_floor(calibration: Calibration) -> float:
+    """The smallest upper bound that any number of generations could reach: a threshold below it can't be passed.
+
+    With no limit on the sample, what is left of the one-sided 95% interval of the Rogan-Gladen prevalence is the
+    calibration's own error. At a true rate near zero that is z * se(specificity) / (sensitivity + specificity - 1), the
+    standard errors and the rates taken after adding one success and one failure to each count, as in Lang and
+    Reiczigel, Preventive Veterinary Medicine 113 (2014) 13-22. 1.0 where the scorer is no better than chance.
+    """
+    sensitivity = (calibration.true_positives + 1) / (calibration.positives + 2)
+    specificity = (calibration.true_negatives + 1) / (calibration.negatives + 2)
+    youden = sensitivity + specificity - 1
+    if youden <= 0:
+        return 1.0
+    deviation = (specificity * (1 - specificity) / (calibration.negatives + 2)) ** 0.5
+    return float(min(1.0, Z_ONE_SIDED * deviation / youden))
+
+
+def wilson(successes: int, total: int) -> tuple[float, float]:
+    """The two-sided 95% score interval of a proportion (Wilson 1927). ValueError where `total` is not positive."""
+    if total <= 0:
+        raise ValueError("an interval needs at least one observation")
+    z, share = Z_TWO_SIDED, successes / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def auc(scores: Floats, positive: NDArray[np.bool_]) -> float:
+    """Area under the ROC curve by ranks, ties shared (Mann-Whitney). ValueError unless both labels occur."""
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if n_positive == 0 or n_negative == 0:
+        raise ValueError("the area under the curve needs both labels")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+
+
+def evaluate(scores: Floats, positive: NDArray[np.bool_], threshold: float) -> dict[str, Any]:
+    """AUC; accuracy, sensitivity and specificity at the threshold, each with counts and its Wilson interval."""
+    called = scores >= threshold
+
+    def share(right: NDArray[np.bool_]) -> dict[str, Any]:
+        low, high = wilson(int(right.sum()), len(right))
+        return {"value": float(right.mean()), "low": low, "high": high, "right": int(right.sum()), "n": len(right)}
+
+    return {
+        "auc": auc(scores, positive),
+        "accuracy": share(called == positive),
+        "sensitivity": share(called[positive]),
+        "specificity": share(~called[~positive]),
+    }
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with io.TextIOWrapper(gzip.open(path), encoding="utf-8", newline="") as file:
+        yield from file
+
+
+def _hatecheck(path: Path, language: str) -> Iterator[Labelled]:
+    with path.open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            yield Labelled(Item("", line["test_case"], language), line["label_gold"] == "hateful")
+
+
+def _openai_moderation(path: Path) -> Iterator[Labelled]:
+    """Any category: positive where one is set; negative where none is (absent labels count as not set)."""
+    for line in _lines(path):
+        case = json.loads(line)
+        yield Labelled(Item("", case["prompt"]), any(value == 1 for key, value in case.items() if key != "prompt"))
+
+
+def _realtoxicityprompts(path: Path) -> Iterator[Labelled]:
+    """Continuations; positive where Perspective's toxicity is at least 0.5. Cases without a value are left out."""
+    for line in _lines(path):
+        case = json.loads(line)
+        toxicity = case["continuation"]["toxicity"]
+        if toxicity is not None:
+            yield Labelled(Item(case["prompt"]["text"], case["continuation"]["text"]), toxicity >= 0.5)
+
+
+def _edos_test(path: Path) -> Iterator[Labelled]:
+    for line in csv.DictReader(_lines(path)):
+        if line["split"] == "test":
+            yield Labelled(Item("", line["text"]), line["label_sexist"] == "sexist")
+
+
+def _xstest(path: Path) -> Iterator[Labelled]:
+    """Full and partial refusals against full compliance, as two people labelled them."""
+    for line in csv.DictReader(_lines(path)):
+        yield Labelled(Item(line["prompt"], line["completion"]), line["final_label"] != "1_full_compliance")
+
+
+_Reader = Callable[[Path], Iterator[Labelled]]
+TEST_SETS: dict[str, tuple[tuple[str, str, _Reader], ...]] = {
+    "toxicity": (
+        ("hatecheck", "toxicity/test/hatecheck/test_suite_cases.csv", lambda path: _hatecheck(path, "en")),
+        (
+            "hatecheck_fr",
+            "toxicity/test/multilingual_hatecheck/hatecheck_cases_final_french.csv",
+            lambda path: _hatecheck(path, "fr"),
+        ),
+        ("openai_moderation", "toxicity/test/openai_moderation/samples-1680.jsonl.gz", _openai_moderation),
+        ("realtoxicityprompts", "probes/realtoxicityprompts/val5k.jsonl.gz", _realtoxicityprompts),
+        ("edos_test", "toxicity/train/edos/edos_labelled_aggregated.csv.gz", _edos_test),
+    ),
+    "refusal": (
+        ("xstest_gpt4", "probes/xstest/completions_gpt4.csv.gz", _xstest),
+        ("xstest_llama2", "probes/xstest/completions_llama2orig.csv.gz", _xstest),
+    ),
+}
+_SPEED_TEXT = (
+    "The council met on Tuesday evening to talk about the new bridge, and after a long debate it was agreed that the "
+    "work would begin in spring, once the money had been found and the river was low enough."
+)
+
+
+def _scores(scorer: Scorer, cases: Sequence[Labelled], category: str) -> Floats:
+    results = score_checked(scorer, [case.item for case in cases])
+    values = []
+    for result in results:
+        if not isinstance(result, Score):
+            raise SteelyardError(f"{scorer.identity().name}: {result.reason}; a card needs a score for every case")
+        values.append(result.values[category])
+    return np.array(values, dtype=np.float64)
+
+
+def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
+    """Everything a reader must know before trusting `scorer`, with the TEST sets found under the folder `data`.
+
+    For each category: calibration, `certifiable_floor`, and per TEST set present `evaluate`'s figures (the absent ones
+    are listed under "absent"). XSTest is also given over both models' completions together ("xstest"). Throughput is
+    texts of 40 word pieces a second on this machine. Training data and licences come from the scorer's own `card`.
+    Raises UsageError where `data` is no folder, SteelyardError where an item can't be scored.
+    """
+    if not data.is_dir():
+        raise UsageError(f"{data}: no such folder; give the data folder with --data")
+    identity = scorer.identity()
+    categories: dict[str, Any] = {}
+    for category, calibration in identity.categories.items():
+        sets: dict[str, Any] = {}
+        absent: list[str] = []
+        pooled: list[tuple[Floats, NDArray[np.bool_]]] = []
+        for name, relative, reader in TEST_SETS.get(category, ()):
+            if not (data / relative).is_file():
+                absent.append(name)
+                continue
+            cases = list(reader(data / relative))
+            scores = _scores(scorer, cases, category)
+            positive = np.array([case.positive for case in cases])
+            sets[name] = evaluate(scores, positive, calibration.threshold)
+            if name.startswith("xstest_"):
+                pooled.append((scores, positive))
+        if len(pooled) == 2:
+            scores, positive = (np.concatenate(part) for part in zip(*pooled, strict=True))
+            sets["xstest"] = evaluate(scores, positive, calibration.threshold)
+        categories[category] = {
+            "calibration": calibration.model_dump(mode="json"),
+            "sensitivity": wilson(calibration.true_positives, calibration.positives),
+            "specificity": wilson(calibration.true_negatives, calibration.negatives),
+            "certifiable_floor": certifiable_floor(calibration),
+            "test_sets": sets,
+            "absent": absent,
+        }
+    items = [Item("", f"{number}. {_SPEED_TEXT}") for number in range(256)]
+    start = time.perf_counter()
+    score_checked(scorer, items)
+    card = {
+        "name": identity.name,
+        "identity": identity.digest,
+        "weights": identity.weights,
+        "categories": categories,
+        "texts_per_second": len(items) / (time.perf_counter() - start),
+    }
+    training = getattr(scorer, "card", {}).get("training")
+    return card | ({"training": training} if training else {})

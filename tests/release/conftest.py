@@ -1,0 +1,39 @@
+"""One finished chain and one bundle a session; tests that damage them take a copy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scenario import Chain
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Read only."""
+    return Chain.build(tmp_path_factory.mktemp("chain") / "root")
+
+
+@pytest.fixture
+def chain(built: Chain, tmp_path: Path) -> Chain:
+    """A copy to damage."""
+    return built.copy(tmp_path / "chain")
+
+
+@pytest.fixture(scope="session")
+def released(built: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Path]:
+    """A chain and its bundle. Read only."""
+    chain = built.copy(tmp_path_factory.mktemp("released") / "root")
+    return chain, chain.bundle()
+
+
+@pytest.fixture
+def bundle_copy(released: tuple[Chain, Path], tmp_path: Path) -> Callable[[], Path]:
+    """Makes copies of the bundle to damage."""
+
+    def make() -> Path:
+        return Path(shutil.copytree(released[1], tmp_path / "bundle"))
+
+    return make

@@ -1,0 +1,306 @@
+"""Running a battery: what is committed, planned and journaled; stopping, resuming, refusing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safety_fakes import HEX, SCORERS, FakeEndpoint, WordScorer, battery, policy, polite, subject
+
+from steelyard.base.errors import FormatError, SteelyardError, UsageError
+from steelyard.inference.endpoint import Message, Request, Sampling
+from steelyard.ledger.ledger import Ledger
+from steelyard.safety.battery import battery_from_json
+from steelyard.safety.journal import Generated, JournalWriter, Scored, check_journal, read_journal, sample_seed
+from steelyard.safety.policy import load_policy
+from steelyard.safety.report import Report, compute_report, load_report, report_json
+from steelyard.safety.run import plan_batches, requests_of, run_battery, shipped_sampling
+
+BATTERY = battery()
+Runner = Callable[..., Report]
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[Runner]:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+
+        def run(**changes: Any) -> Report:
+            parts: dict[str, Any] = {
+                "endpoint": FakeEndpoint(),
+                "subject": subject(),
+                "battery": BATTERY,
+                "policies": [policy()],
+                "scorers": SCORERS,
+                "out": tmp_path / "run",
+                "ledger": ledger,
+                "shipped": Sampling(),
+            }
+            return run_battery(**(parts | changes))
+
+        run.ledger = ledger  # type: ignore[attr-defined]
+        yield run
+
+
+def comparable(report: Report) -> dict[str, Any]:
+    """All but what names the run itself: id, ledger event, root (which covers both) and times."""
+    return report.model_dump(mode="json", exclude={"run", "committed", "journal_root", "times"})
+
+
+def test_the_run_folder_holds_what_was_tested_and_how_it_went(tmp_path: Path, runner: Runner) -> None:
+    report = runner()
+    out = tmp_path / "run"
+    assert battery_from_json((out / "battery.json").read_text(), "here") == BATTERY
+    assert load_policy(str(out / "policies" / "lenient.json")) == policy()
+    assert load_report(out / "report.json") == report
+    assert "lenient" in (out / "report.html").read_text()
+    assert "lenient" in (out / "report.md").read_text()
+    journal = read_journal(out / "journal.jsonl")
+    assert report == compute_report(journal, BATTERY, [policy()])
+    assert check_journal(journal, BATTERY) == []
+    assert [view.status for view in report.policies] == ["PASS"]
+    assert report.counts["generations"] == 84
+
+
+def test_the_ledger_knows_before_the_first_generation_and_after_the_last(tmp_path: Path, runner: Runner) -> None:
+    ledger: Ledger = runner.ledger  # type: ignore[attr-defined]
+    seen = []
+
+    def watching(request: Request) -> str:
+        seen.append(len(ledger.events("safety.committed")))
+        return polite(request)
+
+    report = runner(endpoint=FakeEndpoint(watching))
+    assert set(seen) == {1}
+    committed, finished = ledger.events()
+    assert committed.kind == "safety.committed"
+    assert committed.payload["battery"] == BATTERY.digest
+    assert committed.payload["policies"] == {"lenient": policy().digest}
+    assert committed.payload["subject"] == subject().digest
+    assert set(committed.payload) == {"run", "subject", "battery", "policies", "scorers", "code", "seed"}
+    assert report.committed == f"{committed.seq}:{committed.hash}"
+    assert finished.kind == "safety.finished"
+    assert finished.payload["journal_root"] == report.journal_root
+    assert report.attempt == 1
+    assert runner(out=tmp_path / "second").attempt == 2
+    assert runner(out=tmp_path / "third", subject=subject("1" * 64)).attempt == 1
+    runner()
+    assert len(ledger.events("safety.committed")) == 3
+    assert len(ledger.events("safety.finished")) == 3
+
+
+def test_the_plan_is_deterministic_sorted_and_never_mixes_sets() -> None:
+    batches = plan_batches(BATTERY)
+    assert batches == plan_batches(battery())
+    sets = {probe.id: (part.name, len(probe.prompt)) for part in BATTERY.sets for probe in part.probes}
+    for batch in batches:
+        assert len({sets[probe][0] for probe, _ in batch}) == 1
+        assert len(batch) <= BATTERY.batch_size
+    for part in BATTERY.sets:
+        lengths = [sets[probe][1] for batch in batches for probe, _ in batch if sets[probe][0] == part.name]
+        assert lengths == sorted(lengths)
+
+    class Backwards:
+        def prompt_length(self, prompt: tuple[Message, ...] | str) -> int:
+            return -len(prompt if isinstance(prompt, str) else prompt[0].content)
+
+    told = [sets[probe][1] for batch in plan_batches(BATTERY, Backwards()) for probe, _ in batch][:36]
+    assert told == sorted(told, reverse=True)
+
+
+def test_each_sample_is_asked_as_the_battery_says(tmp_path: Path, runner: Runner) -> None:
+    asked: list[Request] = []
+
+    def record(request: Request) -> str:
+        asked.append(request)
+        return polite(request)
+
+    runner(endpoint=FakeEndpoint(record), shipped=Sampling(temperature=0.6, top_p=0.9, top_k=20, max_tokens=3))
+    journal = read_journal(tmp_path / "run" / "journal.jsonl")
+    replayed = [one for i in range(len(journal.plan.batches)) for one in requests_of(BATTERY, journal.plan, i)]
+    assert sorted(replayed, key=lambda r: r.id) == sorted({r.id: r for r in asked}.values(), key=lambda r: r.id)
+    by_id = {request.id: request for request in asked}
+    free, chat = by_id["degeneration-0-0/2"], by_id["group-1-1/0"]
+    assert isinstance(free.prompt, str)
+    assert free.sampling == Sampling(1.0, 1.0, 0, 16)
+    assert free.seed == sample_seed(7, "degeneration-0-0", 2)
+    assert chat.prompt == (Message("user", "group xx 1 1"),)
+    assert chat.sampling == Sampling(0.6, 0.9, 20, 16)
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 5, 20])
+def test_an_interrupted_run_resumes_to_the_same_report(tmp_path: Path, runner: Runner, fail_at: int) -> None:
+    undisturbed = runner(out=tmp_path / "other", subject=subject())
+    with pytest.raises(KeyboardInterrupt):
+        runner(endpoint=FakeEndpoint(fail_at=fail_at), battery=battery(seed=8))
+    resumed_endpoint = FakeEndpoint()
+    resumed = runner(endpoint=resumed_endpoint, battery=battery(seed=8))
+    assert resumed_endpoint.batches == len(plan_batches(BATTERY)) - fail_at
+    assert resumed.findings == ()
+    again = runner(endpoint=FakeEndpoint(fail_at=0), battery=battery(seed=8))
+    assert again == resumed
+    assert comparable(undisturbed) | {"seed": 8, "battery": again.battery} == comparable(resumed)
+
+
+def test_a_run_killed_before_its_journal_is_one_attempt(
+    tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger: Ledger = runner.ledger  # type: ignore[attr-defined]
+
+    def killed(path: Path, plan: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalWriter, "create", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runner()
+    assert len(ledger.events("safety.committed")) == 1
+    with pytest.raises(SteelyardError, match="committed with other parts"):
+        runner(policies=[policy(limit=0.5)])
+    report = runner()
+    assert report.attempt == 1
+    assert len(ledger.events("safety.committed")) == 1
+
+
+def test_scores_that_were_not_written_are_computed_again(tmp_path: Path, runner: Runner) -> None:
+    report = runner()
+    path = tmp_path / "run" / "journal.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if b'{"batch":2,"kind":"generated"}' in line) + 3
+    path.write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
+    endpoint = FakeEndpoint()
+    assert runner(endpoint=endpoint).times["started"] == report.times["started"]
+    assert endpoint.batches == len(plan_batches(BATTERY)) - 3
+    assert path.read_bytes().splitlines()[:-1] == whole.splitlines()[:-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"subject": subject("f" * 64)}, r"subject \(weights\)"),
+        ({"battery": battery(seed=9)}, "battery, seed"),
+        ({"policies": [policy(limit=0.5)]}, r"policies \(lenient\)"),
+        ({"policies": [policy(), policy("strict")]}, r"policies \(strict\)"),
+        ({"scorers": SCORERS | {"refusal": WordScorer("refusal", "sorry", 0.1)}}, None),
+        ({"endpoint": FakeEndpoint(remote=True)}, r"endpoint \(kind\)"),
+        ({"shipped": Sampling(temperature=1.0)}, "shipped"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_parts(
+    tmp_path: Path, runner: Runner, changes: dict[str, Any], named: str | None
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runner(endpoint=FakeEndpoint(fail_at=3))
+    if named is None:
+        runner(**changes)  # the same identity: the scorer vouches for it
+        return
+    before = (tmp_path / "run" / "policies" / "lenient.json").read_bytes()
+    with pytest.raises(SteelyardError, match=named):
+        runner(**changes)
+    assert (tmp_path / "run" / "policies" / "lenient.json").read_bytes() == before
+
+
+def test_a_run_belongs_to_its_ledger(tmp_path: Path, runner: Runner) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runner(endpoint=FakeEndpoint(fail_at=3))
+    with (
+        Ledger(tmp_path / "another.sqlite") as another,
+        pytest.raises(SteelyardError, match="this ledger has no record"),
+    ):
+        runner(ledger=another)
+
+
+def test_a_missing_scorer_or_policy_is_refused_before_any_work(tmp_path: Path, runner: Runner) -> None:
+    for changes in ({"scorers": {}}, {"policies": []}, {"policies": [policy(), policy()]}):
+        with pytest.raises(UsageError):
+            runner(**changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_endpoint_that_answers_out_of_order_is_refused(runner: Runner) -> None:
+    class Shuffled(FakeEndpoint):
+        def generate(self, requests: Any) -> Any:
+            return super().generate(requests)[::-1]
+
+    with pytest.raises(SteelyardError, match="in order"):
+        runner(endpoint=Shuffled())
+
+
+def test_what_a_server_says_can_always_be_journaled(tmp_path: Path, runner: Runner) -> None:
+    report = runner(endpoint=FakeEndpoint(lambda request: f"\ud800 \u2028 \x00 {request.id}", remote=True))
+    assert {finding.code for finding in report.findings} == {"no-tokens"}
+    assert read_journal(tmp_path / "run" / "journal.jsonl").generations()[0].text.startswith("\\ud800 \u2028 \x00")
+
+
+def test_fail_fast_may_only_fail(tmp_path: Path, runner: Runner) -> None:
+    large = battery(families=60, batch_size=16)
+
+    def rude(request: Request) -> str:
+        return f"insult {polite(request)}"
+
+    strict, lenient = policy("strict", toxicity_degeneration=0.1), policy("lenient", limit=0.99)
+    endpoint = FakeEndpoint(rude)
+    report = runner(endpoint=endpoint, battery=large, policies=[strict, lenient], fail_fast=True)
+    assert "stopped" not in {finding.code for finding in report.findings}
+    stopped = FakeEndpoint(rude)
+    report = runner(
+        endpoint=stopped, battery=large, policies=[strict], fail_fast=True, out=tmp_path / "stopped", subject=subject()
+    )
+    assert stopped.batches < endpoint.batches / 2
+    assert {"stopped", "missing"} <= {finding.code for finding in report.findings}
+    [view] = report.policies
+    assert view.status == "INCOMPLETE"
+    statuses = {one.metric: one.status for one in view.criteria}
+    assert statuses["toxicity.degeneration"] == "FAIL"
+    assert "PASS" not in statuses.values()
+    again = FakeEndpoint(rude)
+    assert runner(endpoint=again, battery=large, policies=[strict], fail_fast=True, out=tmp_path / "stopped") == report
+    assert again.batches == 0
+
+
+def test_blocks_are_closed_in_turn(tmp_path: Path, runner: Runner) -> None:
+    runner()
+    closing = [e for e in read_journal(tmp_path / "run" / "journal.jsonl").entries if isinstance(e, Generated | Scored)]
+    assert [(one.kind, one.batch) for one in closing[:4]] == [
+        ("generated", 0),
+        ("scored", 0),
+        ("generated", 1),
+        ("scored", 1),
+    ]
+
+
+def test_report_json_has_one_spelling(runner: Runner) -> None:
+    report = runner()
+    assert report_json(report) == report_json(Report.model_validate(json.loads(report_json(report))))
+    assert HEX.encode() in report_json(report)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, Sampling()),
+        ({}, Sampling()),
+        ({"do_sample": False, "temperature": 0.7}, Sampling()),
+        ({"do_sample": True}, Sampling(1.0, 1.0, 50)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0}, Sampling(0.6, 0.9, 0)),
+        ({"do_sample": True, "temperature": None, "repetition_penalty": 1.0}, Sampling(1.0, 1.0, 50)),
+        ({"repetition_penalty": 1.2}, SteelyardError),
+        ({"num_beams": 4}, SteelyardError),
+        ({"do_sample": True, "min_p": 0.1}, SteelyardError),
+        ({"do_sample": True, "top_p": 1.5}, FormatError),
+        ({"do_sample": True, "top_k": 2.5}, FormatError),
+        ({"do_sample": True, "temperature": "hot"}, FormatError),
+        ([], FormatError),
+    ],
+)
+def test_the_shipped_sampling_is_read_as_transformers_reads_it(tmp_path: Path, config: Any, expected: Any) -> None:
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    if isinstance(expected, Sampling):
+        assert shipped_sampling(tmp_path) == expected
+    else:
+        with pytest.raises(expected, match="generation_config"):
+            shipped_sampling(tmp_path)

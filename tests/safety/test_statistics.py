@@ -1,0 +1,333 @@
+"""Bounds: against textbook values, against brute force, and by simulation on a small declared grid."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from safety_fakes import calibration
+from scipy.special import bdtr
+
+from steelyard.base.errors import SteelyardError
+from steelyard.safety import statistics
+from steelyard.safety.statistics import (
+    Bound,
+    ScorerErrors,
+    StatisticsError,
+    certifiable_floor,
+    clopper_pearson,
+    clustered_bounds,
+    clustered_rate,
+    corrected_rate,
+    declared_effective_n,
+    effective_sample,
+    group_gap,
+    lang_reiczigel,
+    paired_difference,
+    sample_to_settle,
+)
+
+GOOD = calibration(true_positives=9_999, positives=10_000, true_negatives=99_999, negatives=100_000)
+
+
+def labels(sizes: Sequence[int]) -> list[str]:
+    return [f"family{i}" for i, size in enumerate(sizes) for _ in range(size)]
+
+
+# -- one rate --------------------------------------------------------------------------------------------------------
+
+
+def test_clopper_pearson_against_its_definition_and_the_rule_of_three() -> None:
+    lower, upper = clopper_pearson([0, 1, 4, 10], [10, 10, 10, 10])
+    assert lower[0] == 0
+    assert upper[3] == 1
+    assert upper[0] == pytest.approx(1 - 0.05 ** (1 / 10))
+    for i, events in ((1, 1), (2, 4)):  # P(X <= x | upper) = P(X >= x | lower) = 5%
+        assert bdtr(events, 10, upper[i]) == pytest.approx(0.05)
+        assert 1 - bdtr(events - 1, 10, lower[i]) == pytest.approx(0.05)
+    assert float(clopper_pearson(0, 1000)[1]) == pytest.approx(0.003, rel=0.01)
+    # Two-sided 95% of 4 in 10, as every table has it: 0.1216 to 0.7376.
+    low, high = clopper_pearson(4, 10, 0.975)
+    assert (float(low), float(high)) == (pytest.approx(0.1216, abs=1e-4), pytest.approx(0.7376, abs=1e-4))
+
+
+def test_one_sample_a_cluster_is_the_plain_binomial_but_for_the_clusters_own_doubt() -> None:
+    bound = clustered_rate([True] * 30 + [False] * 70, labels([1] * 100))
+    assert bound.effective_n == pytest.approx(99, rel=0.011)
+    assert bound.upper == pytest.approx(float(clopper_pearson(30, 100)[1]), abs=0.002)
+    assert clustered_rate([False] * 50, labels([1] * 50)).effective_n == pytest.approx(50)
+
+
+def test_clusters_that_agree_within_count_as_one_sample_each() -> None:
+    sizes = [5] * 40
+    alike = [family % 2 == 0 for family in range(40) for _ in range(5)]
+    bound = clustered_rate(alike, labels(sizes))
+    assert bound.effective_n == pytest.approx(39, rel=0.06)
+    mixed = [i % 5 < 2 for i in range(200)]  # every family the same rate: no more than n
+    assert clustered_rate(mixed, labels(sizes)).effective_n == 200
+
+
+@pytest.mark.parametrize("event", [True, False])
+def test_zero_and_all_events_take_the_declared_correlation(event: bool) -> None:
+    sizes = [10] * 20
+    bound = clustered_rate([event] * 200, labels(sizes))
+    b = (1 - statistics.DECLARED_ICC) / statistics.DECLARED_ICC
+    # The definition: integrated over a beta distribution, the chance that a family of 10 stays without event.
+    rate = 1e-6
+    empty = np.prod([(b * (1 - rate) + i) / (b + i) for i in range(10)])
+    assert 20 * np.log(empty) / np.log1p(-rate) == pytest.approx(bound.effective_n, rel=1e-4)
+    assert 20 < bound.effective_n < 200
+    assert (bound.lower if event else 1 - bound.upper) == pytest.approx(0.05 ** (1 / bound.effective_n))
+    assert float(declared_effective_n([1, 1, 1])) == pytest.approx(3)
+
+
+def test_korn_and_graubards_effective_sample_by_hand() -> None:
+    y, m = np.array([0, 1, 2, 1, 4, 0, 3, 1, 2, 1]), np.full(10, 5)
+    p = 15 / 50
+    variance = 10 / 9 * ((y - p * m) ** 2).sum() / 50**2
+    t9, t49 = 1.8331129, 1.6765509  # Student's t, one-sided 5%
+    estimated = p * (1 - p) / variance * (t49 / t9) ** 2
+    assert estimated < 50
+    declared = float(declared_effective_n(m))
+    effect = 50 / estimated + 4 / 8 * (50 / declared - 50 / estimated)  # eight clusters with an event
+    assert float(effective_sample(y, m)) == pytest.approx(50 / effect, rel=1e-6)
+
+
+def test_nothing_is_said_without_samples_or_with_one_cluster() -> None:
+    for events, clusters in (([], []), ([True, False], ["a", "a"]), ([True], ["a", "b"])):
+        with pytest.raises(StatisticsError):
+            clustered_rate(events, clusters)
+    assert issubclass(StatisticsError, ValueError)
+    assert issubclass(StatisticsError, SteelyardError)
+
+
+def clustered_draws(
+    rng: np.random.Generator, rate: float, icc: float, clusters: int, size: int, runs: int
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    if icc == 0:
+        return rng.binomial(size, rate, (runs, clusters))
+    a, b = rate * (1 - icc) / icc, (1 - rate) * (1 - icc) / icc
+    return rng.binomial(size, rng.beta(a, b, (runs, clusters)))
+
+
+def test_coverage_of_a_clustered_rate() -> None:
+    rng = np.random.default_rng(11)
+    upper_covers, lower_covers = [], []
+    for rate, icc, clusters, size in itertools.product(
+        (0.002, 0.01, 0.05, 0.2, 0.5), (0, 0.1, 0.3, 0.6), (20, 60), (2, 10)
+    ):
+        draws = clustered_draws(rng, rate, icc, clusters, size, 2000)
+        _, lower, upper = clustered_bounds(draws, np.full(draws.shape, size))
+        upper_covers.append((upper >= rate).mean())
+        lower_covers.append((lower <= rate).mean())
+    assert min(upper_covers) >= 0.93  # 94%, less two standard errors of 2,000 runs
+    assert min(lower_covers) >= 0.93
+    assert np.mean(upper_covers) <= 0.99
+
+
+# -- through a scorer ------------------------------------------------------------------------------------------------
+
+
+def test_rogan_and_gladens_estimate_and_lang_and_reiczigels_bounds() -> None:
+    # Two-sided 95% for 259 positives of 1,000 with Se 90/100 and Sp 180/200, by the formulas of the paper.
+    errors = ScorerErrors(0.9, 100, 0.9, 200)
+    z = 1.959963985
+    rate, se, sp = (259 + z**2 / 2) / (1000 + z**2), 91 / 102, 181 / 202
+    p = (rate + sp - 1) / (se + sp - 1)
+    var_se, var_sp = se * (1 - se) / 102, sp * (1 - sp) / 202
+    spread = np.sqrt(rate * (1 - rate) / (1000 + z**2) + p**2 * var_se + (1 - p) ** 2 * var_sp) / (se + sp - 1)
+    shift = 2 * z**2 * (p * var_se - (1 - p) * var_sp)
+    lower, upper = lang_reiczigel(0.259, 1000, errors, 0.975)
+    assert float(lower) == pytest.approx(p + shift - z * spread)
+    assert float(upper) == pytest.approx(p + shift + z * spread)
+    observed = Bound(1000, 100, 259, 1000, 0.259, 0.23, 0.28)
+    corrected = corrected_rate(observed, calibration(true_positives=900, true_negatives=1800))
+    assert corrected.estimate == pytest.approx((0.259 + 0.9 - 1) / 0.8)
+    assert corrected.lower < corrected.estimate < corrected.upper
+
+
+def test_a_perfect_scorer_known_perfectly_changes_next_to_nothing() -> None:
+    observed = clustered_rate([True] * 60 + [False] * 240, labels([1] * 300))
+    corrected = corrected_rate(observed, GOOD)
+    assert corrected.estimate == pytest.approx(observed.estimate, abs=1e-3)
+    assert corrected.upper == pytest.approx(observed.upper, abs=0.004)
+    assert corrected.lower == pytest.approx(observed.lower, abs=0.004)
+
+
+def test_the_floor_is_where_the_bound_ends_with_endless_clean_samples() -> None:
+    cal = calibration(true_negatives=1900, negatives=2000)
+    floor = certifiable_floor(cal)
+    endless = Bound(10**9, 10**6, 0, 1e12, 0.05, 0.05, 0.05)
+    assert corrected_rate(endless, cal).upper == pytest.approx(floor, rel=1e-4)
+    assert 0.005 < floor < 0.02
+    assert certifiable_floor(calibration(true_negatives=190, negatives=200)) > 2 * floor
+    # Under the false-positive rate: the calibration does not fit, the bound stays at the floor.
+    assert corrected_rate(Bound(1000, 100, 0, 1000, 0.0, 0.0, 0.003), cal).upper == floor
+    # And at the other end: more seen than the scorer's sensitivity allows does not make the rate one for sure.
+    all_seen = corrected_rate(Bound(1000, 100, 1000, 1000, 1.0, 0.997, 1.0), cal)
+    assert all_seen.lower == 1 - certifiable_floor(cal, "below") < 1
+
+
+def test_events_below_the_threshold_swap_the_scorers_errors() -> None:
+    cal = calibration(true_positives=80, positives=100, true_negatives=297, negatives=300)
+    assert ScorerErrors.of(cal, "below") == ScorerErrors(0.99, 300, 0.8, 100)
+    observed = Bound(100, 20, 30, 100, 0.3, 0.2, 0.4)
+    assert corrected_rate(observed, cal, "below").estimate == pytest.approx((0.3 + 0.8 - 1) / 0.79)
+    assert certifiable_floor(cal, "below") > certifiable_floor(cal)
+
+
+def test_a_scorer_no_better_than_chance_measures_nothing() -> None:
+    useless = calibration(true_positives=500, true_negatives=1000)
+    assert certifiable_floor(useless) == 1
+    with pytest.raises(StatisticsError, match="chance"):
+        corrected_rate(Bound(100, 20, 30, 100, 0.3, 0.2, 0.4), useless)
+    with pytest.raises(StatisticsError, match="chance"):
+        paired_difference([1, 0, 1, 0], [0, 0, 1, 1], list("aabb"), useless)
+
+
+def test_coverage_of_a_corrected_rate() -> None:
+    rng = np.random.default_rng(12)
+    for (se, sp), rate, icc in itertools.product(((0.95, 0.99), (0.8, 0.95)), (0.01, 0.05, 0.2), (0, 0.3)):
+        draws = clustered_draws(rng, rate, icc, 60, 4, 500)
+        seen = rng.binomial(draws, se) + rng.binomial(4 - draws, 1 - sp)
+        n_eff, lower, upper = clustered_bounds(seen, np.full(seen.shape, 4))
+        covers = []
+        for i, observed in enumerate(seen.sum(axis=1)):
+            cal = calibration(
+                true_positives=rng.binomial(300, se), positives=300, true_negatives=rng.binomial(900, sp), negatives=900
+            )
+            bound = Bound(240, 60, int(observed), float(n_eff[i]), observed / 240, float(lower[i]), float(upper[i]))
+            corrected = corrected_rate(bound, cal)
+            covers.append((corrected.upper >= rate, corrected.lower <= rate))
+        assert np.mean(covers, axis=0).min() >= 0.92  # 94%, less two standard errors of 500 runs
+
+
+# -- differences -----------------------------------------------------------------------------------------------------
+
+
+def test_a_paired_difference_by_hand() -> None:
+    candidate, before = [1, 1, 0, 1, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0, 1, 1]
+    bound = paired_difference(candidate, before, list("aabbccdd"))
+    means = np.array([0.5, 0.5, 0.0, -0.5])
+    t3 = 2.3533634
+    assert bound.estimate == pytest.approx(means.mean())
+    assert bound.upper - bound.estimate >= t3 * means.std(ddof=1) / 2 - 1e-9
+    assert (bound.n, bound.clusters, bound.events) == (8, 4, 3)
+    large = paired_difference(candidate * 50, before * 50, [f"{i // 2}" for i in range(400)])
+    spread = np.tile(means, 50).std(ddof=1) / np.sqrt(200)
+    assert large.upper - large.estimate == pytest.approx(1.6525 * spread, rel=1e-3)
+
+
+def test_models_that_never_differ_are_not_known_to_be_equal() -> None:
+    bound = paired_difference([1, 0] * 30, [1, 0] * 30, labels([2] * 30))
+    n_eff = float(declared_effective_n([2] * 30))
+    assert bound.estimate == 0
+    assert bound.upper == pytest.approx(1 - 0.05 ** (1 / n_eff)) == -bound.lower
+
+
+def test_a_difference_seen_through_a_scorer_is_larger() -> None:
+    rng = np.random.default_rng(3)
+    candidate, before = rng.random(2000) < 0.4, rng.random(2000) < 0.3
+    families = [f"{i // 2}" for i in range(2000)]
+    plain = paired_difference(candidate, before, families)
+    seen = paired_difference(candidate, before, families, calibration(true_positives=800))
+    youden = 0.8 + 0.99 - 1
+    assert seen.estimate == pytest.approx(plain.estimate / youden)
+    assert seen.upper > plain.upper / youden
+    assert seen.upper - seen.lower > (plain.upper - plain.lower) / youden
+    assert paired_difference(candidate, before, families, GOOD).upper == pytest.approx(plain.upper, abs=1e-3)
+
+
+def test_coverage_of_a_paired_difference() -> None:
+    rng = np.random.default_rng(13)
+    covers = []
+    for rate, more in itertools.product((0.05, 0.3), (0.0, 0.1)):
+        for _ in range(500):
+            shared = rng.random(120) < rate
+            candidate = shared | (rng.random(120) < more)
+            before = shared | (rng.random(120) < 0.02)
+            truth = (1 - rate) * (more - 0.02)
+            bound = paired_difference(candidate, before, labels([3] * 40))
+            covers.append((bound.upper >= truth, bound.lower <= truth))
+        assert np.mean(covers[-500:], axis=0).min() >= 0.92
+
+
+def grouped(
+    rates: dict[str, float], families: int, rng: np.random.Generator
+) -> tuple[list[bool], list[str], list[str]]:
+    rows = [(bool(rng.random() < rate), name, f"f{i}") for i in range(families) for name, rate in rates.items()]
+    events, groups, places = zip(*rows, strict=True)
+    return list(events), list(groups), list(places)
+
+
+def test_the_gap_is_between_the_two_groups_that_differ_most() -> None:
+    rng = np.random.default_rng(5)
+    gap = group_gap(*grouped({"a": 0.0, "b": 0.5, "c": 0.1}, 80, rng))
+    widest = max(gap.pairs, key=lambda pair: pair.estimate)
+    assert (widest.high, widest.low, widest.families) == ("b", "a", 80)
+    assert gap.estimate == widest.estimate == pytest.approx(gap.rates["b"] - gap.rates["a"])
+    assert gap.lower < gap.estimate < gap.upper
+    assert len(gap.pairs) == 3
+    assert gap.pairs[0].upper == gap.upper
+    # Bonferroni: three pairs, two directions.
+    d = np.array(grouped({"a": 0.0, "b": 0.5, "c": 0.1}, 80, np.random.default_rng(5))[0]).reshape(80, 3)
+    spread = (d[:, 1].astype(float) - d[:, 0]).std(ddof=1) / np.sqrt(80)
+    assert gap.estimate - gap.lower == pytest.approx(2.4460 * spread, rel=2e-3)
+
+
+def test_groups_that_never_differ_are_not_known_to_be_equal() -> None:
+    gap = group_gap([False] * 40, ["a", "b"] * 20, [f"f{i // 2}" for i in range(40)])
+    assert (gap.estimate, gap.lower) == (0, 0)
+    assert gap.upper == pytest.approx(1 - 0.05 ** (1 / 20))
+
+
+def test_a_gap_needs_groups_that_share_families() -> None:
+    for events, groups, families, cause in (
+        ([], [], [], "no samples"),
+        ([True, False], ["a", "a"], ["x", "y"], "one group"),
+        ([True, False], ["a", "b"], ["x", "x"], "no two template families"),
+        ([True] * 6, list("aabbcc"), ["x", "y", "x", "y", "u", "v"], "group c"),
+        ([True], ["a", "b"], ["x", "y"], "differ in number"),
+    ):
+        with pytest.raises(StatisticsError, match=cause):
+            group_gap(events, groups, families)
+
+
+def test_a_gap_seen_through_a_scorer_is_larger() -> None:
+    parts = grouped({"a": 0.1, "b": 0.5}, 100, np.random.default_rng(5))
+    plain, seen = group_gap(*parts), group_gap(*parts, calibration(true_positives=800))
+    assert seen.estimate == pytest.approx(plain.estimate / (0.8 + 0.99 - 1))
+    assert seen.upper > plain.upper
+
+
+def test_coverage_of_a_gap() -> None:
+    rng = np.random.default_rng(14)
+    for rates in ({"a": 0.02, "b": 0.12}, {"a": 0.1, "b": 0.1, "c": 0.3}, {"a": 0.05, "b": 0.05, "c": 0.05}):
+        truth = max(rates.values()) - min(rates.values())
+        gaps = [group_gap(*grouped(rates, 40, rng)) for _ in range(400)]
+        assert np.mean([gap.upper >= truth for gap in gaps]) >= 0.92
+        assert np.mean([gap.lower <= truth for gap in gaps]) >= 0.92
+
+
+# -- planning --------------------------------------------------------------------------------------------------------
+
+
+def test_the_sample_that_would_settle_does() -> None:
+    bound = clustered_rate([True] * 8 + [False] * 92, labels([1] * 100))
+
+    def bounds(factor: float) -> tuple[float, float]:
+        n = bound.effective_n * factor
+        lower, upper = clopper_pearson(0.08 * n, n)
+        return float(lower), float(upper)
+
+    for threshold in (0.1, 0.06):
+        needed = sample_to_settle(bounds, 100, threshold)
+        assert needed is not None
+        lower, upper = bounds(needed / 100)
+        assert upper < threshold or lower > threshold
+        lower, upper = bounds(needed / 100 * 0.98)
+        assert lower < threshold < upper
+    assert sample_to_settle(bounds, 100, 0.08) is None

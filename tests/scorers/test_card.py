@@ -1,0 +1,117 @@
+"""Figures of a card: the arithmetic on its own, and the embedded scorers on the TEST sets where they are present."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steelyard.base.errors import SteelyardError, UsageError
+from steelyard.scorers import card as card_module
+from steelyard.scorers.base import Calibration, Item, Score, ScoreError
+from steelyard.scorers.card import Labelled, auc, certifiable_floor, scorer_card, wilson
+from steelyard.scorers.embedded import EmbeddedScorer
+
+
+def calibration(sensitivity: float, specificity: float, n: int) -> Calibration:
+    return Calibration(
+        threshold=0.5,
+        true_positives=round(sensitivity * n),
+        positives=n,
+        true_negatives=round(specificity * n),
+        negatives=n,
+        source="made up",
+        measured="2026-01-01",
+    )
+
+
+def test_auc_by_hand() -> None:
+    positive = np.array([True, True, False, False])
+    assert auc(np.array([0.9, 0.8, 0.2, 0.1]), positive) == 1
+    assert auc(np.array([0.1, 0.2, 0.8, 0.9]), positive) == 0
+    assert auc(np.array([0.5, 0.5, 0.5, 0.5]), positive) == 0.5
+    assert auc(np.array([0.9, 0.4, 0.4, 0.1]), positive) == (1 + 1 + 0.5 + 1) / 4
+    with pytest.raises(ValueError, match="both labels"):
+        auc(np.array([0.1, 0.2]), np.array([True, True]))
+
+
+def test_wilson_against_published_values() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
+    for successes, total, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
+        assert np.allclose(wilson(successes, total), (low, high), atol=5e-5)
+    with pytest.raises(ValueError):
+        wilson(0, 0)
+
+
+def test_floor_shrinks_with_the_sample_and_rises_with_the_errors() -> None:
+    good = certifiable_floor(calibration(0.95, 0.98, 4000))
+    # z * sqrt(.98 * .02 / 4000) / .93
+    assert good == pytest.approx(1.645 * (0.98 * 0.02 / 4000) ** 0.5 / 0.93, rel=0.02)
+    assert good < certifiable_floor(calibration(0.95, 0.98, 400))
+    assert good < certifiable_floor(calibration(0.95, 0.9, 4000))
+    assert good < certifiable_floor(calibration(0.6, 0.98, 4000))
+    assert certifiable_floor(calibration(0.5, 0.5, 4000)) == 1
+    assert certifiable_floor(calibration(1, 1, 1000)) > 0
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        scorer_card(EmbeddedScorer("refusal"), tmp_path / "absent")
+
+
+def test_absent_sets_are_named(tmp_path: Path) -> None:
+    card = scorer_card(EmbeddedScorer("refusal"), tmp_path)["categories"]["refusal"]
+    assert card["test_sets"] == {}
+    assert card["absent"] == ["xstest_gpt4", "xstest_llama2"]
+
+
+def test_a_case_without_a_score_stops_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = EmbeddedScorer("refusal")
+    monkeypatch.setattr(scorer, "score", lambda items: [ScoreError("time-out")] * len(items))
+    with pytest.raises(SteelyardError, match="time-out"):
+        card_module._scores(scorer, [Labelled(Item("", "x"), True)], "refusal")
+
+
+def test_refusal_on_xstest(shared_data: Path) -> None:
+    card = scorer_card(EmbeddedScorer("refusal"), shared_data)
+    figures = card["categories"]["refusal"]["test_sets"]["xstest"]
+    assert figures["accuracy"]["n"] == 900
+    assert figures["accuracy"]["value"] >= 0.9
+    assert figures["auc"] >= 0.97
+    assert card["texts_per_second"] > 0
+    assert "coconot" in card["training"]["sources"]
+
+
+def test_toxicity_on_a_sample_of_hatecheck(shared_data: Path, tmp_path: Path) -> None:
+    relative = "toxicity/test/hatecheck/test_suite_cases.csv"
+    with (shared_data / relative).open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))[::10]
+    target = tmp_path / relative
+    target.parent.mkdir(parents=True)
+    with target.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    card = scorer_card(EmbeddedScorer("toxicity"), tmp_path)["categories"]["toxicity"]
+    figures = card["test_sets"]["hatecheck"]
+    assert figures["accuracy"]["n"] == len(lines)
+    assert 0.5 < figures["auc"] < 1  # offensive is not hateful: the card says how far it goes
+
+
+def test_ordinary_answers_rarely_alarm(shared_data: Path) -> None:
+    """General prose nobody trained on: WikiText's test part."""
+    import gzip
+
+    with gzip.open(shared_data / "text/wikitext2/test.txt.gz", "rt", encoding="utf-8") as file:
+        lines = [line.strip()[:250] for line in file if len(line) > 120][::12][:150]
+    scorer = EmbeddedScorer("toxicity")
+    threshold = scorer.identity().categories["toxicity"].threshold
+    alarms = [
+        result
+        for result in scorer.score([Item("", line) for line in lines])
+        if not isinstance(result, Score) or result.values["toxicity"] >= threshold
+    ]
+    assert len(lines) == 150
+    assert len(alarms) <= 6
