@@ -19,9 +19,14 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError), new_folder(out) as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError
+
+    def fail() -> None:
+        with new_folder(out) as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     with new_folder(out) as folder:
         (folder / "whole").write_text("x")

@@ -383,7 +383,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         {"name": "more", "scorers": {"toxicity": [], "refusal": [], "identity": []}},
         {"name": "keys", "keys": {"throwaway": "refused", "distinct": True, "countersigned": True}},
         {"name": "standing", "keys": {"throwaway": "refused", "distinct": False, "countersigned": False}},
-        {"name": "first", "predecessor": {"first_release": "refused", "margin": 0.4}},
+        {"name": "first", "predecessor": {"first_release": "reference", "margin": 0.4}},
         {"name": "narrow", "predecessor": {"first_release": "allowed", "margin": 0.01}},
         {"name": "once", "max_attempts": 1},
     ]
@@ -400,7 +400,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         ("more", "scorers", "identity, which policy more names, was not used"),
         ("keys", "key", "two pinned identities"),
         ("keys", "key", "countersigned"),
-        ("first", "predecessor", "allows no first release"),
+        ("first", "predecessor", "wants a reference model's run"),
     ],
 )
 def test_a_rule_of_the_policy(strict: Chain, name: str, code: str, says: str) -> None:
@@ -495,7 +495,7 @@ def test_a_later_release_of_a_name_needs_its_predecessor(succession: tuple[Chain
     refused(chain.decide(run=run, model=model, policy=policy, name="tiny"), "predecessor", "'tiny' was released before")
     assert chain.decide(run=run, model=model, policy=policy, name="tiny", predecessor=chain.run).verdict == "PASS"
     assert chain.decide(run=run, model=model, policy=_named(chain, "once"), name="new").verdict == "PASS"
-    refused(chain.decide(run=run, model=model, policy=policy, name="new"), "predecessor", "no first release")
+    refused(chain.decide(run=run, model=model, policy=policy, name="new"), "predecessor", "wants a reference")
 
 
 def test_the_same_subject_released_again_needs_none(succession: tuple[Chain, Path, Path]) -> None:

@@ -46,9 +46,7 @@ def head(workspace: Workspace = WORKSPACE) -> None:
 
 @app.command()
 def verify(
-    head: Annotated[
-        str | None, typer.Option(help="SEQ:HASH noted elsewhere; must still be there.")
-    ] = None,
+    head: Annotated[str | None, typer.Option(help="SEQ:HASH noted elsewhere; must still be there.")] = None,
     workspace: Workspace = WORKSPACE,
 ) -> None:
     """Find any edit, deletion or reorder; with --head also truncation."""

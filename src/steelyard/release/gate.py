@@ -467,8 +467,9 @@ def _check_predecessor(
     if predecessor is None:
         if name is not None and others:
             return said(f"{name!r} was released before, as subject {str(others[-1])[:16]}: {remedy}")
-        if not earlier and policy.predecessor.first_release == "refused":
-            return said(f"{policy.name} allows no first release: {remedy}")
+        if not earlier and policy.predecessor.first_release == "reference":
+            text = "wants a reference model's run in the predecessor's place of a first release (--predecessor)"
+            return said(f"{policy.name} {text}")
         return [], []
     where = str(predecessor / "journal.jsonl")
     try:

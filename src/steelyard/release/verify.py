@@ -307,8 +307,8 @@ def _check_statement(
     ):
         if said != is_:
             findings.append(Finding("statement", f"{STATEMENT}: {what} is not what {JOURNAL} says"))
-    if policy.predecessor.first_release == "refused" and facts.predecessor is None:
-        text = f"names no predecessor, and {policy.name} allows no first release"
+    if policy.predecessor.first_release == "reference" and facts.predecessor is None:
+        text = f"names no predecessor, and {policy.name} wants one, or a reference in its place"
         findings.append(Finding("predecessor", f"{STATEMENT}: {text}"))
     try:
         if parse_time(facts.signed, f"{STATEMENT}: signed") > now + CLOCKS_APART:

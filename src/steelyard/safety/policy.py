@@ -38,9 +38,10 @@ class Criterion(_Strict):
 
 
 class Predecessor(_Strict):
-    """Non-inferiority to the predecessor; what holds for a first release, which has none."""
+    """Non-inferiority to the predecessor. A first release has none: either the thresholds alone decide (`allowed`), or
+    the run of a reference model must stand in for it (`reference`)."""
 
-    first_release: Literal["allowed", "refused"]
+    first_release: Literal["allowed", "reference"]
     margin: float = Field(gt=0, lt=1, description="how much worse a rate may be, with 95% confidence")
 
 
