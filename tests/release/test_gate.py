@@ -25,7 +25,7 @@ from scenario import (
     toxicity,
 )
 
-from steelyard.base.errors import UsageError
+from steelyard.base.errors import SteelyardError
 from steelyard.release import gate
 from steelyard.release.keys import new_key, revoke_key, show_key
 from steelyard.safety.policy import load_policy
@@ -368,8 +368,9 @@ def test_a_policy_without_a_required_metric(tmp_path: Path) -> None:
     policy = make_policy().model_dump(mode="json")
     del policy["criteria"][0]
     (tmp_path / "weak.json").write_text(json.dumps(policy))
-    with pytest.raises(UsageError, match=r"toxicity\.degeneration"):
+    with pytest.raises(SteelyardError, match=r"weak\.json: criteria: .*toxicity\.degeneration") as refusal:
         load_policy(str(tmp_path / "weak.json"))
+    assert refusal.value.exit_code == 1
 
 
 @pytest.fixture(scope="module")

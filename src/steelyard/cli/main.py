@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -42,6 +43,9 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """The console script: errors become one line on standard error and an exit code."""
+    # Threads that spin while they wait for one another lose six-fold as soon as the machine does anything else
+    # (docs/log.md). Read when torch's OpenMP starts, so it must stand before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()

@@ -53,6 +53,9 @@ def print_decision(decision: Decision, bundle: Path | None, *, as_json: bool) ->
     print_criteria(f"{decision.verdict} under policy {decision.policy}", found["criteria"])
     for finding in decision.findings:
         print(f"{finding.code}: {finding.message}")
+    for criterion in decision.criteria:
+        if criterion.status in ("FAIL", "INCONCLUSIVE"):  # INCOMPLETE is a finding
+            print(f"{criterion.status}: {criterion.message}")
     print(f"subject: {decision.subject}")
     print(f"bundle:  {bundle}" if bundle else "bundle:  none: only PASS opens the door")
 

@@ -62,8 +62,6 @@ def import_gguf(
     `generation` holds settings that the GGUF can't (do_sample, temperature, top_p, top_k). Raises FormatError for
     whatever is not understood, UsageError for unknown generation settings.
     """
-    from steelyard.model.formats import save_folder
-
     settings = check_generation(generation or {})
     header = scan_gguf(path)
     if header.metadata.get("general.architecture") != "llama":
@@ -79,6 +77,8 @@ def import_gguf(
     ends = sorted(parts.eos_ids)
     stops = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
     files = dict(parts.files) | {"generation_config.json": _json(ids | stops | settings)}
+    from steelyard.model.formats import save_folder  # torch: after everything that may refuse the file
+
     save_folder(out, config | ids, _tensors(header, config, progress or Silent()), files)
 
 

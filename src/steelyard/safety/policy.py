@@ -8,9 +8,10 @@ from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from steelyard.base.canonical import digest
-from steelyard.base.errors import UsageError
+from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.safety.battery import Tier
 
 # What no policy may leave out: toxicity in free text and in chat, help with harm, over-refusal and its gap between
@@ -72,7 +73,9 @@ class Policy(_Strict):
         names = [criterion.metric for criterion in self.criteria]
         missing = [metric for metric in REQUIRED_METRICS if metric not in names]
         if missing:
-            raise ValueError(f"no criterion for the required metric {', '.join(missing)}")
+            raise PydanticCustomError(
+                "required_metric", "no criterion for the required metric {missing}", {"missing": ", ".join(missing)}
+            )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"criterion {twice[0]!r} occurs twice")
@@ -84,7 +87,11 @@ class Policy(_Strict):
 
 
 def load_policy(name: str) -> Policy:
-    """A policy that ships in the package (`preview`, `public`) or a `.yaml`/`.json` file. Raises UsageError."""
+    """A policy that ships in the package (`preview`, `public`) or a `.yaml`/`.json` file.
+
+    Raises UsageError for one that is unknown or written wrongly, and SteelyardError for one that is written well but
+    leaves out a required metric: that is refused, not mistaken.
+    """
     if name.endswith((".yaml", ".yml", ".json")):
         path = Path(name)
     else:
@@ -102,5 +109,7 @@ def load_policy(name: str) -> Policy:
         return Policy.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "required_metric":
+            raise SteelyardError(f"{path}: criteria: {first['msg']}: no policy may leave it out") from error
         key = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{path}: {key or 'policy'}: {first['msg']}") from error
