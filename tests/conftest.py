@@ -50,6 +50,17 @@ def smollm2() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The research data: STEELYARD_DATA, or beside the checkout. Where it is absent: skips, or fails on demand."""
+    folder = Path(os.environ.get("STEELYARD_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        if os.environ.get("STEELYARD_REQUIRE_DATA") == "1":
+            pytest.fail(f"{folder} is absent, and STEELYARD_REQUIRE_DATA=1")
+        pytest.skip(f"{folder} is absent: set STEELYARD_DATA to the folder of the research data")
+    return folder
+
+
 @pytest.fixture
 def successor_model() -> Callable[[int, Mapping[int, int]], Llama]:
     """Makes a model over `vocab` tokens that, greedily, always follows token i with `successors[i]` (or 0)."""

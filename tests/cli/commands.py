@@ -51,7 +51,7 @@ class Done:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of every command: one thread, the passphrase, the scorers' modules on the path, and nothing of the developer's."""
+    """Of every command: one thread, the passphrase, the scorers' modules on the path, nothing of the developer's."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("STEELYARD_")}
     path = os.pathsep.join(str(TESTS / room) for room in ("release", "cli"))
     return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "STEELYARD_PASSPHRASE": SECRET} | more
@@ -111,7 +111,7 @@ def policy_file(folder: Path, name: str = "lenient", **changes: Any) -> Path:
     return put(folder / f"{name}.json", found)
 
 
-def test_model(
+def safety_run(
     chain: Chain, *, model: Path | None = None, run: Path | None = None, battery: Any = None, code: int = 0
 ) -> Done:
     """`steelyard safety run`, with every policy of `POLICIES`."""
@@ -120,15 +120,6 @@ def test_model(
     policies = [text for one in POLICIES for text in ("--policy", policy_file(chain.root, one.name))]
     place = ["--workspace", chain.root, "--battery", file, *policies]
     return steelyard("safety", "run", model or chain.model, run or chain.run, *place, code=code)
-
-
-test_model.__test__ = False  # type: ignore[attr-defined]
-
-
-def battery_with(**scorers: str) -> Any:
-    """The tiny battery with other scorers."""
-    tiny = make_battery()
-    return tiny.model_copy(update={"scorers": tiny.scorers | scorers})
 
 
 def release(
@@ -180,4 +171,5 @@ def interrupt(chain: Chain) -> Done:
 
 def slow_battery() -> Any:
     """The tiny battery with a toxicity scorer that takes its time."""
-    return battery_with(toxicity="python:faulty:slow")
+    tiny = make_battery()
+    return tiny.model_copy(update={"scorers": tiny.scorers | {"toxicity": "python:faulty:slow"}})

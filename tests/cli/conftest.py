@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from commands import POLICIES, Done, interrupt, release, run, steelyard, test_model
+from commands import POLICIES, Done, interrupt, release, run, safety_run, steelyard
 from scenario import Chain, make_battery, make_model
 
 
@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 def built(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """The model tested under every policy. Read only."""
     chain = made.copy(tmp_path_factory.mktemp("built") / "root")
-    test_model(chain)
+    safety_run(chain)
     return chain
 
 

@@ -13,22 +13,22 @@ from steelyard.scorers.base import Item, Score, ScoreError
 
 def raises() -> WordScorer:
     """Raises at every call."""
-    return WordScorer("toxicity", "toxicity", VILE, "raises")
+    return WordScorer("raises", "raises", VILE, "raises")
 
 
 def nan() -> WordScorer:
     """NaN for every item."""
-    return WordScorer("toxicity", "toxicity", VILE, "nan")
+    return WordScorer("nan", "nan", VILE, "nan")
 
 
 def count() -> WordScorer:
     """One score too few."""
-    return WordScorer("toxicity", "toxicity", VILE, "count")
+    return WordScorer("count", "count", VILE, "count")
 
 
 def constant() -> WordScorer:
     """0.1, whatever is asked."""
-    return WordScorer("toxicity", "toxicity", VILE, "constant")
+    return WordScorer("constant", "constant", VILE, "constant")
 
 
 class _Slow(WordScorer):

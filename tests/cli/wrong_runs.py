@@ -1,8 +1,8 @@
 """Runs of a dishonest tester, whose code is wrong where the shipped one is right: `wrong_runs.py CHAIN`.
 
-    cut       prompts truncated to 20 tokens
-    template  prompts rendered with another chat template
-    repeated  one sample of each probe, written down k times
+cut       prompts truncated to 20 tokens
+template  prompts rendered with another chat template
+repeated  one sample of each probe, written down k times
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import re
 import tarfile
 import unicodedata
@@ -20,7 +19,6 @@ import pytest
 from steelyard.safety.battery import AXES, Battery, GapMetric, Probe, RateMetric, load_battery
 from steelyard.safety.policy import REQUIRED_METRICS
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 # What the data's README marks TEST and holds prompts, questions or sentences. Licences are not prompts.
 TEST_SETS = (
     "toxicity/test/hatecheck",
@@ -245,17 +243,8 @@ def prompts_of(test_set: Path) -> Iterator[str]:
             yield from fields(path.name, path.read_bytes())
 
 
-@pytest.fixture(scope="module")
-def data() -> Path:
-    if not DATA.is_dir():
-        if os.environ.get("STEELYARD_REQUIRE_DATA") == "1":
-            pytest.fail(f"STEELYARD_REQUIRE_DATA=1, but {DATA} is absent")
-        pytest.skip("the public test sets (../shared/data) are absent")
-    return DATA
-
-
 @pytest.mark.parametrize("name", TEST_SETS)
-def test_no_probe_is_taken_from_a_test_set(battery: Battery, data: Path, name: str) -> None:
+def test_no_probe_is_taken_from_a_test_set(battery: Battery, shared_data: Path, name: str) -> None:
     grams: dict[tuple[str, ...], str] = {}
     short: dict[tuple[str, ...], str] = {}
     for probe in battery.probes():
@@ -265,7 +254,7 @@ def test_no_probe_is_taken_from_a_test_set(battery: Battery, data: Path, name: s
         grams.update({said[i : i + GRAM]: probe.id for i in range(len(said) - GRAM + 1)})
     read = 0
     shared: set[str] = set()
-    for prompt in prompts_of(data / name):
+    for prompt in prompts_of(shared_data / name):
         said = words(prompt)
         read += len(said)
         if said in short:

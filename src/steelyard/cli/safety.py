@@ -45,6 +45,7 @@ def run(
     progress = default_progress(as_json=as_json)
     chosen = load_battery(battery)
     policies = [load_policy(name) for name in policy or ["preview"]]
+    subject = subject_of(model, progress)  # first: it refuses an unsafe folder before torch is imported
     answering: Endpoint
     if endpoint is None:
         from steelyard.inference.local import LocalEndpoint
@@ -57,7 +58,7 @@ def run(
     with Ledger(workspace / "ledger.sqlite") as ledger:
         result = run_battery(
             endpoint=answering,
-            subject=subject_of(model, progress),
+            subject=subject,
             battery=chosen,
             policies=policies,
             scorers={name: open_scorer(reference) for name, reference in chosen.scorers.items()},

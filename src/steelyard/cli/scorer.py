@@ -2,6 +2,76 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
+from steelyard.cli.options import AsJSON
+from steelyard.cli.output import print_json, print_table
+
 app = typer.Typer(no_args_is_help=True, help="Train scorers and print their cards.", rich_markup_mode=None)
+
+_MEASURES = ("accuracy", "sensitivity", "specificity")
+
+Data = Annotated[Path, typer.Option(help="The research data's folder (see CONTRIBUTING.md); nothing is downloaded.")]
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="toxicity or refusal.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors and NAME.json.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same machine, data and seed give the same bytes.")] = 0,
+    as_json: AsJSON = False,
+) -> None:
+    """Train an embedded scorer from declared data; no test set is read."""
+    from steelyard.base.progress import default_progress
+    from steelyard.train.scorer import train_scorer
+
+    card = train_scorer(name, data, out, seed, default_progress(as_json=as_json))
+    if as_json:
+        print_json(card)
+        return
+    rows = []
+    for category, c in card["categories"].items():
+        sensitivity, specificity = c["true_positives"] / c["positives"], c["true_negatives"] / c["negatives"]
+        rows.append((category, f"{c['threshold']:.4f}", f"{sensitivity:.3f}", f"{specificity:.3f}"))
+    print_table(f"{name}, on held-out rows", ("category", "threshold", "sensitivity", "specificity"), rows)
+
+
+@app.command()
+def card(
+    data: Data,
+    references: Annotated[list[str] | None, typer.Argument(help="Default: both embedded scorers.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Measure scorers on the TEST sets found under --data: AUC, accuracy, sensitivity and specificity."""
+    from steelyard.scorers.card import scorer_card
+    from steelyard.scorers.registry import open_scorer
+
+    names = references or ["embedded:toxicity", "embedded:refusal"]
+    cards = [scorer_card(open_scorer(reference), data) for reference in names]
+    if as_json:
+        print_json(cards)
+        return
+    for found in cards:
+        for name, category in found["categories"].items():
+            rows = [
+                (
+                    test_set,
+                    str(s["accuracy"]["n"]),
+                    f"{s['auc']:.3f}",
+                    *(_interval(s[measure]) for measure in _MEASURES),
+                )
+                for test_set, s in category["test_sets"].items()
+            ]
+            title = f"{found['name']}: {name}, {found['texts_per_second']:.0f} texts/s"
+            print_table(title, ("test set", "n", "AUC", *_MEASURES), rows)
+            print(f"lowest rate it can certify: {category['certifiable_floor']:.4f}")
+            if category["absent"]:
+                print(f"absent from {data}: {', '.join(category['absent'])}")
+
+
+def _interval(share: dict[str, float]) -> str:
+    return f"{share['value']:.3f} ({share['low']:.3f}-{share['high']:.3f})"

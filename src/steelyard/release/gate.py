@@ -599,6 +599,10 @@ def decide(
 
 def _verdict(findings: Sequence[Finding], criteria: Sequence[CriterionResult]) -> Status:
     statuses = {criterion.status for criterion in criteria}
+    codes = {finding.code for finding in findings}
+    # A run may be stopped early for one reason only, that it cannot pass any more; then what is missing is no surprise.
+    if "FAIL" in statuses and "stopped" in codes and codes <= {"stopped", "missing", "criterion"}:
+        return "FAIL"
     if findings or not criteria or "INCOMPLETE" in statuses:
         return "INCOMPLETE"
     if "FAIL" in statuses:

@@ -319,6 +319,7 @@ def settling_sample(
 def compute_report(journal: Journal, battery: Battery, policies: Sequence[Policy] = ()) -> Report:
     """The report of a journal. Complete or not, it is computed; what is wrong stands in `findings`."""
     plan = journal.plan
+    policies = sorted(policies, key=lambda policy: policy.name)  # the order of the command line says nothing
     findings = [FindingView(code=found.code, message=found.message) for found in check_journal(journal, battery)]
     for policy in policies:
         if policy.digest not in plan.policies.values():
