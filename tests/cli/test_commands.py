@@ -112,7 +112,7 @@ def test_model_import_and_show(made: Chain, tmp_path: Path) -> None:
 # -- chat ------------------------------------------------------------------------------------------------------------
 
 
-def test_chat_on_a_terminal_less_line(made: Chain) -> None:
+def test_chat_turn_by_turn_from_standard_input(made: Chain) -> None:
     """Turn by turn from standard input; an empty line ends it. The same seed answers the same."""
     done = steelyard("chat", made.model, "--max-tokens", 4, stdin="Name a town.\nAnother?\n\nNever read.\n")
     first, second = done.out.splitlines()

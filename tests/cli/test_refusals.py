@@ -117,10 +117,10 @@ def _edited(lines: Lines) -> Lines:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda lines: lines[:3] + lines[4:], "1 generations are missing"),
+        (lambda lines: lines[:3] + lines[4:], "1 lines are missing: generation"),
         (_edited, "have a text that their tokens do not say"),
         (lambda lines: [*lines[:4], lines[3], *lines[4:]], "1 lines occur more than once"),
-        (lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]], "order"),
+        (lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]], "lines are not in the order of the plan"),
     ],
     ids=["removed", "edited", "duplicated", "reordered"],
 )
@@ -150,26 +150,31 @@ def faulty(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Done:
         metric.model_copy(update={"scorer": name, "category": name})
         for metric, name in zip(tiny.metrics, names, strict=False)
     ]
-    scorers = {name: f"python:faulty:{name}" for name in names}
-    safety_run(chain, battery=tiny.model_copy(update={"metrics": (*metrics, *tiny.metrics[5:]), "scorers": scorers}))
+    scorers = {"refusal": tiny.scorers["refusal"]} | {name: f"python:faulty:{name}" for name in names}
+    safety_run(chain, battery=tiny.model_copy(update={"metrics": (*metrics, *tiny.metrics[4:]), "scorers": scorers}))
     return release(chain)
 
 
 def test_7_a_scorer_that_raises(faulty: Done) -> None:
-    refused(faulty, "score-error: ", "raises: raised RuntimeError: out of order")
+    refused(faulty, "score-error: ", "scorer raises failed", "raised RuntimeError: out of order")
 
 
 def test_7_a_scorer_that_returns_nan(faulty: Done) -> None:
-    refused(faulty, "score-error: ", "nan: returned a value that is not a probability (NaN or outside [0, 1])")
+    refused(
+        faulty,
+        "score-error: ",
+        "scorer nan failed",
+        "returned a value that is not a probability (NaN or outside [0, 1])",
+    )
 
 
 def test_7_a_scorer_that_returns_the_wrong_number_of_scores(faulty: Done) -> None:
-    refused(faulty, "score-error: ", "count: returned ", "scores for", "items")
+    refused(faulty, "score-error: ", "scorer count failed", "returned ", "scores for", "items")
 
 
 def test_7_a_scorer_that_returns_constant_scores(faulty: Done) -> None:
-    refused(faulty, "canary: ", "constant")
-    refused(faulty, "constant-scores: ", "constant")
+    refused(faulty, "canary: ", "scorer constant")
+    refused(faulty, "constant-scores: ", "scorer constant")
 
 
 # -- 8, 10: answers --------------------------------------------------------------------------------------------------
