@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from steelyard.base.errors import SteelyardError, UsageError
-from steelyard.inference.endpoint import Completion, Request
+from steelyard.inference.endpoint import Completion, Message, Request
 from steelyard.inference.engine import Engine, Finish
 from steelyard.model.chat import Renderer
 from steelyard.model.llama import load_llama
@@ -72,6 +72,10 @@ class LocalEndpoint:
             )
             for request, prompt, (tokens, finish) in zip(requests, prompts, generated, strict=True)
         ]
+
+    def prompt_length(self, prompt: tuple[Message, ...] | str) -> int:
+        """How many tokens the prompt becomes."""
+        return len(self.renderer.prompt_tokens(prompt))
 
     def check(self, request: Request, tokens: Sequence[int]) -> list[float]:
         """`Engine.check` of a journaled completion's `tokens` for `request`."""
