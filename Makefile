@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # llama.cpp is only a test oracle: -O1 halves the time of compiling it.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1
 
@@ -29,11 +29,15 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two processes of one thread each: faster than one of two, and the tests' many subprocesses run side by side.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-bench:
-	@echo "no benchmark yet: speed is the next issue's work (docs/log.md)"
+bench: bench-generate
+
+bench-%: $(VENV)/.models
+	@$(BIN)/steelyard run recipes/quickstart.yaml --until import >/dev/null
+	@$(BIN)/python benchmarks/$*.py $$(ls -td .steelyard/models/import-* | head -1)
 
 clean:
 	rm -rf $(VENV) .steelyard releases
