@@ -1,11 +1,12 @@
 """Files that are whole or absent; paths that cannot escape."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.files import inside, new_folder, write_atomic
+from steelyard.base.files import inside, new_folder, read_bounded, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
@@ -48,3 +49,17 @@ def test_a_link_that_leaves_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="symbolic link"):
         inside(root, "link/file")
     assert inside(root, "a/b") == root / "a" / "b"
+
+
+def test_only_plain_files_are_read_and_no_more_than_allowed(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"12345")
+    assert read_bounded(tmp_path / "plain", 5) == b"12345"
+    with pytest.raises(FormatError, match="plain: is over 4 bytes"):
+        read_bounded(tmp_path / "plain", 4)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name, reason in (("pipe", "not a plain file"), ("endless", "a symbolic link"), (".", "not a plain file")):
+        with pytest.raises(FormatError, match=reason):
+            read_bounded(tmp_path / name, 5)
+    with pytest.raises(FileNotFoundError):
+        read_bounded(tmp_path / "absent", 5)

@@ -192,7 +192,7 @@ def test_8_empty_and_whitespace_answers_over_the_cap(blank: Chain) -> None:
 def test_10_one_sample_in_place_of_k(wrong: Chain) -> None:
     refused(
         release(wrong, run=wrong.root / "repeated"),
-        "100.0% of the probes with several samples got one text for all of them; lenient allows 90.0%",
+        "100.0% of the samples of a probe repeat another, in the mean; lenient allows 90.0%",
     )
 
 

@@ -44,14 +44,16 @@ def check(path: Path) -> None:
 
 
 def tamper(path: Path, *statements: str) -> None:
-    """What a hand with a database shell can do, the triggers gone first."""
+    """What a hand with a database shell can do: the triggers gone first, and back when it is done."""
     connection = sqlite3.connect(path)
-    triggers = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")]
+    triggers = list(connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"))
     assert len(triggers) == 3
-    for trigger in triggers:
-        connection.execute(f"DROP TRIGGER {trigger}")
+    for name, _ in triggers:
+        connection.execute(f"DROP TRIGGER {name}")
     for statement in statements:
         connection.execute(statement)
+    for _, sql in triggers:
+        connection.execute(sql)
     connection.commit()
     connection.close()
 
@@ -298,3 +300,49 @@ def test_runs(path: Path) -> None:
         ledger.run_finish(run, "finished")
         assert run != other
         assert [event.kind for event in ledger.events(run=run)] == ["run.started", "run.finished"]
+
+
+SWALLOW = "CREATE TRIGGER quiet BEFORE INSERT ON events BEGIN SELECT RAISE(IGNORE); END"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        SWALLOW,
+        "CREATE TRIGGER quiet AFTER INSERT ON steelyard_ledger BEGIN DELETE FROM steelyard_ledger; END",
+        "DROP TRIGGER events_no_delete",
+        "CREATE TABLE other (x)",
+        "CREATE VIEW other AS SELECT 1",
+        "ALTER TABLE events RENAME COLUMN kind TO Kind",
+    ],
+)
+def test_a_changed_schema_is_refused(path: Path, statement: str) -> None:
+    filled(path)
+    connection = sqlite3.connect(path)
+    connection.execute(statement)
+    connection.commit()
+    connection.close()
+    with pytest.raises(SteelyardError, match=r"^[^\n]*ledger\.sqlite: [^\n]*$"):
+        Ledger(path)
+
+
+@pytest.mark.parametrize(
+    "trigger",
+    [
+        SWALLOW,
+        "CREATE TRIGGER late AFTER INSERT ON events BEGIN INSERT OR REPLACE INTO events "
+        "VALUES (NEW.seq + 1, NEW.time, 'forged', '{}', NEW.hash, ''); "
+        "END",
+    ],
+    ids=["swallowed", "one-behind-it"],
+)
+def test_an_event_that_is_not_kept_is_an_error(path: Path, trigger: str) -> None:
+    with Ledger(path) as ledger:
+        ledger.append("thing", {})
+        connection = sqlite3.connect(path)
+        connection.execute(trigger)
+        connection.commit()
+        connection.close()
+        with pytest.raises(SteelyardError, match="event 2 was not kept as written"):
+            ledger.append("thing", {})
+        assert len(ledger.events()) == 1

@@ -466,6 +466,8 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}BODY{% endfor %}{
         ("{% if x %}", "Unexpected end of template"),
         ("{{ nobody.nothing }}", "'nobody' is undefined"),
         ("{{ raise_exception('a\nb' * 900) }}", "turns this conversation down: a ba b"),
+        ("{{ raise_exception('x ' * 30000000) }}", "turns this conversation down: x x"),
+        ("{{ '\\ud800' }}", "wrote no valid Unicode"),
     ],
 )  # fmt: skip
 def test_hostile_and_broken_templates_end_in_one_line(

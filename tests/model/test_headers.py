@@ -200,6 +200,7 @@ GGUF = {
         gguf_bytes([array("a", 8, 2, text("x") + struct.pack("<Q", 1 << 50))]),
         "lies about a length",
     ),
+    "much text": (gguf_bytes([string(f"k{i}", "a" * 900_000) for i in range(5)]), "over 4,194,304 bytes of names"),
     "two million strings": (gguf_bytes([array("a", 8, 2_000_000, bytes(16_000_000))]), "claims more than 1,000,000"),
     "a header over the limit": (
         gguf_bytes([array("a", 0, MAX_GGUF_HEADER, bytes(MAX_GGUF_HEADER))]),
@@ -354,6 +355,8 @@ def test_two_sets_of_shards_are_refused(tmp_path: Path) -> None:
         (b'{"a": "\xff"}', "strict JSON"),
         (b'{"a":' * 50_000, "too deeply"),
         (b"{" + b" " * (9 << 20), "is over"),
+        (b'{"a": 1e999}', "too large a number"),
+        (b'{"a": "\\ud800"}', "not strict JSON"),
         (b'{"a":[' + b"[]," * 1_000_000 + b"[]]}", "more entries"),
         (b"", "strict JSON"),
     ],

@@ -278,8 +278,10 @@ def test_a_changed_ledger_stops_the_run() -> None:
 
     go()
     connection = sqlite3.connect(WORKSPACE / "ledger.sqlite")
+    (trigger,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'events_no_update'").fetchone()
     connection.execute("DROP TRIGGER events_no_update")
     connection.execute("UPDATE events SET payload = replace(payload, 'hello', 'hullo') WHERE seq = 2")
+    connection.execute(trigger)
     connection.commit()
     connection.close()
     with pytest.raises(SteelyardError, match="event 2 was changed"):

@@ -64,7 +64,6 @@ def test_a_test_result_reads_back() -> None:
 
 
 def test_the_statement_is_valid_by_the_in_toto_library() -> None:
-    pytest.importorskip("in_toto_attestation")
     from google.protobuf.json_format import Parse
     from in_toto_attestation.predicates.test_result.v0 import test_result_pb2
     from in_toto_attestation.v1 import statement_pb2
@@ -189,3 +188,34 @@ def test_a_time_needs_a_zone(text: str) -> None:
 def test_no_envelope_in_the_tests_names_a_path(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"^bundle/x\.json: "):
         read_envelope(b"{}", "bundle/x.json")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'{"a": 1e999}', "too large a number"),
+        (b'{"a": -1e999}', "too large a number"),
+        (b'{"a": "\\ud800"}', "not JSON"),
+        (b'{"\\uDFFF": 1}', "not JSON"),
+    ],
+)
+def test_numbers_and_texts_without_a_spelling_are_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(FormatError, match=reason):
+        strict_json(data, "x", limit=1000)
+    assert strict_json(b'"\\ud83d\\ude00"', "x", limit=1000) == "\U0001f600"
+
+
+def test_a_key_twice_among_many_is_found_at_once() -> None:
+    data = b"{" + b",".join(b'"%d":0' % number for number in (*range(50_000), 49_999)) + b"}"
+    begun = time.monotonic()
+    with pytest.raises(FormatError, match="the key '49999' occurs twice"):
+        strict_json(data, "x", limit=1_000_000)
+    assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize(
+    "text", ["9999-12-31T23:59:59+00:00", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00", "1999-01-01T00:00Z"]
+)
+def test_times_at_the_ends_of_the_calendar_are_refused(text: str) -> None:
+    with pytest.raises(FormatError, match=r"^x: "):
+        parse_time(text, "x")

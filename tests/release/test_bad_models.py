@@ -40,7 +40,8 @@ def failed_criteria(model: Path, place: Path) -> set[str]:
 
 
 def test_random_weights_fail(smollm2: Path, tmp_path: Path) -> None:
-    assert "truth.incorrect" in failed_criteria(random_weights(smollm2, tmp_path / "random"), tmp_path)
+    failed = failed_criteria(random_weights(smollm2, tmp_path / "random"), tmp_path)
+    assert failed & {"toxicity.degeneration", "truth.incorrect"}  # which comes first: the run stops there
 
 
 def test_a_toxic_finetune_fails(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:

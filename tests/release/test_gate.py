@@ -25,6 +25,7 @@ from scenario import (
     toxicity,
 )
 
+from steelyard.base.canonical import canonical_json
 from steelyard.base.errors import SteelyardError
 from steelyard.release import gate
 from steelyard.release.keys import new_key, revoke_key, show_key
@@ -108,6 +109,22 @@ def test_a_recast_variant(chain: Chain) -> None:
     shutil.rmtree(chain.model)
     make_model(chain.model, dtype="float32")
     refused(chain.decide(), "subject", "float32", "re-cast or quantised variant is another subject")
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_a_configuration_that_recasts_the_weights(tmp_path: Path, key: str) -> None:
+    chain = Chain(tmp_path / "root", make_battery(samples=1), (make_policy(),))
+    make_model(chain.model)
+    new_key(chain.keys, "me", PASSPHRASE)
+    edit_json(chain.model / "config.json", lambda config: config.update({key: "float16"}))
+    chain.test()
+    refused(chain.decide(), "subject", f"{key}: 'float16', but bfloat16 was tested", "another subject")
+
+
+@pytest.mark.parametrize("key", ["temperature", "repetition_penalty", "do_sample"])
+def test_a_setting_of_generation_in_the_model_configuration(chain: Chain, key: str) -> None:
+    edit_json(chain.model / "config.json", lambda config: config.update({key: 1}))
+    refused(chain.decide(), "shipped", f"config.json: {key}: a setting of generation")
 
 
 def test_a_test_run_in_another_dtype_than_is_shipped(chain: Chain) -> None:
@@ -194,7 +211,7 @@ def test_a_journal_changed_and_its_report_made_again(chain: Chain) -> None:
 
     edit_lines(chain.run / "journal.jsonl", kinder)
     write_report(chain.run)
-    refused(chain.decide(), "journal-root", "event 2 of the ledger")
+    refused(chain.decide(), "journal-root", "changed since the run finished")
 
 
 def test_a_run_without_a_journal(chain: Chain) -> None:
@@ -379,7 +396,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     rules: list[dict[str, Any]] = [
         {"name": "tier", "tiers": ["release"]},
         {"name": "pinned", "scorers": {"toxicity": ["0" * 64], "refusal": []}},
-        {"name": "pinned-right", "scorers": {"toxicity": [toxicity().identity().weights], "refusal": []}},
+        {"name": "pinned-right", "scorers": {"toxicity": [toxicity().identity().pin], "refusal": []}},
         {"name": "fewer", "scorers": {"toxicity": []}},
         {"name": "more", "scorers": {"toxicity": [], "refusal": [], "identity": []}},
         {"name": "keys", "keys": {"throwaway": "refused", "distinct": True, "countersigned": True}},
@@ -465,11 +482,25 @@ def test_a_ledger_that_does_not_know_the_run(chain: Chain) -> None:
     refused(chain.decide(), "ledger", "0 commitments")
 
 
+def test_a_block_that_is_not_the_one_noted_when_it_was_written(chain: Chain) -> None:
+    def soften(lines: list[bytes]) -> list[bytes]:
+        place = next(i for i, line in enumerate(lines) if b'"scorer":"toxicity","values"' in line)
+        softer = canonical_json(json.loads(lines[place]) | {"values": {"toxicity": 0.01}})
+        return [*lines[:place], softer, *lines[place + 1 :]]
+
+    with chain.ledger() as ledger:
+        noted = ledger.events("safety.progress")
+    assert [event.payload["block"] for event in noted[:2]] == ["generated", "scored"]
+    edit_lines(chain.run / "journal.jsonl", soften)
+    refused(chain.decide(), "progress", "batch 0, 1", "not what the ledger noted")
+
+
 def test_a_ledger_that_was_edited(chain: Chain) -> None:
     with sqlite3.connect(chain.root / "ledger.sqlite") as database:
-        for trigger in ("events_no_update", "events_no_delete", "events_only_append"):
-            database.execute(f"DROP TRIGGER {trigger}")
+        sql = database.execute("SELECT sql FROM sqlite_master WHERE name = 'events_no_update'").fetchone()[0]
+        database.execute("DROP TRIGGER events_no_update")
         database.execute("UPDATE events SET payload = replace(payload, 'seed', 'feed') WHERE seq = 1")
+        database.execute(sql)
     decision = chain.decide()
     refused(decision, "ledger", "event 1 was changed")
 
@@ -501,6 +532,9 @@ def test_a_later_release_of_a_name_needs_its_predecessor(succession: tuple[Chain
 
 def test_the_same_subject_released_again_needs_none(succession: tuple[Chain, Path, Path]) -> None:
     chain, _, _ = succession
+    # unless the policy wants a reference: the release before may have been held to a softer one
+    for name in ("tiny", None):
+        refused(chain.decide(policy=_named(chain, "first"), name=name), "predecessor", "wants a reference")
     assert chain.decide(policy=_named(chain, "once"), name="tiny").verdict == "PASS"
 
 

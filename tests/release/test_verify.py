@@ -469,3 +469,36 @@ def test_verifying_needs_no_torch(released: Released) -> None:
     code = BLOCKED.format(blocked=blocked, bundle=str(bundle), key=str(chain.public), policy=str(chain.policy_file))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", [MANIFEST, STATEMENT, "config.json", "steelyard/journal.jsonl", REPORT])
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_what_never_ends_is_found_and_not_read(bundle_copy: Copy, released: Released, name: str, kind: str) -> None:
+    bundle = bundle_copy()
+    (bundle / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(bundle / name)
+    else:
+        (bundle / name).symlink_to("/dev/zero")
+    begun = time.monotonic()
+    found = messages(released[0].verify(bundle))
+    assert time.monotonic() - begun < 5
+    assert any(message.startswith(f"{name}: is ") for message in found), found
+
+
+def test_very_many_nested_folders_are_a_finding(bundle_copy: Copy, released: Released) -> None:
+    bundle = bundle_copy()
+    home = Path.cwd()
+    try:
+        os.chdir(bundle)
+        for _ in range(1500):
+            os.mkdir("d")
+            os.chdir("d")
+    finally:
+        os.chdir(home)
+    try:
+        found = messages(released[0].verify(bundle))
+    finally:
+        subprocess.run(["rm", "-rf", str(bundle)], check=True)  # deeper than shutil.rmtree of Python 3.11 can follow
+    assert "folders nested deeper than 16: remove them" in found
+    assert "d: is no plain file: a bundle holds no such thing" in found

@@ -267,6 +267,11 @@ def test_the_same_sample_repeated_is_seen(tmp_path: Path) -> None:
     assert compute_report(journal, BATTERY).identical_samples == 1
 
 
+def test_a_sample_that_repeats_one_of_three_is_half_a_repetition(tmp_path: Path) -> None:
+    path = run(tmp_path, endpoint=FakeEndpoint(lambda request: request.id.replace("/2", "/1")))
+    assert identical_samples(read_journal(path)) == 0.5
+
+
 def test_a_remote_run_says_that_it_has_no_tokens(tmp_path: Path) -> None:
     assert codes(run(tmp_path, endpoint=FakeEndpoint(remote=True))) == {"no-tokens"}
 
@@ -317,3 +322,10 @@ def test_a_journal_of_100_000_lines_is_read_and_reported_in_ten_seconds(tmp_path
 def test_results_hold_a_value_or_an_error() -> None:
     with pytest.raises(ValueError, match="either"):
         CanaryLine(batch=0, scorer="s", canary="c", category="t", expected="above", value=0.1, error="x")
+
+
+def test_a_plan_of_many_megabytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b" " * (17 << 20))
+    with pytest.raises(FormatError, match="line longer than 16,777,216 bytes"):
+        read_journal(path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safety_fakes import HEX, SCORERS, FakeEndpoint, WordScorer, battery, policy, polite, subject
 
+from steelyard.base.canonical import canonical_json
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.inference.endpoint import Message, Request, Sampling
 from steelyard.ledger.ledger import Ledger
@@ -17,7 +18,8 @@ from steelyard.safety.battery import battery_from_json
 from steelyard.safety.journal import Generated, JournalWriter, Scored, check_journal, read_journal, sample_seed
 from steelyard.safety.policy import load_policy
 from steelyard.safety.report import Report, compute_report, load_report, report_json
-from steelyard.safety.run import plan_batches, requests_of, run_battery, shipped_sampling
+from steelyard.safety.run import GENERATION, plan_batches, requests_of, run_battery, shipped_sampling
+from steelyard.scorers.base import Item, Score, ScoreError
 
 BATTERY = battery()
 Runner = Callable[..., Report]
@@ -74,7 +76,12 @@ def test_the_ledger_knows_before_the_first_generation_and_after_the_last(tmp_pat
 
     report = runner(endpoint=FakeEndpoint(watching))
     assert set(seen) == {1}
-    committed, finished = ledger.events()
+    committed, *blocks, finished = ledger.events()
+    marks = read_journal(tmp_path / "run" / "journal.jsonl").marks()
+    assert [(event.kind, event.payload) for event in blocks] == [
+        ("safety.progress", mark | {"run": report.run}) for mark in marks
+    ]
+    assert len(marks) == 2 * len(plan_batches(BATTERY))
     assert committed.kind == "safety.committed"
     assert committed.payload["battery"] == BATTERY.digest
     assert committed.payload["policies"] == {"lenient": policy().digest}
@@ -164,17 +171,88 @@ def test_a_run_killed_before_its_journal_is_one_attempt(
     assert len(ledger.events("safety.committed")) == 1
 
 
+class Dying(WordScorer):
+    """Dies when it is asked for the `last` time."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__("toxicity", "insult")
+        self.left = last
+
+    def score(self, items: Sequence[Item]) -> list[Score | ScoreError]:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return super().score(items)
+
+
 def test_scores_that_were_not_written_are_computed_again(tmp_path: Path, runner: Runner) -> None:
-    report = runner()
+    runner(out=tmp_path / "other")
+    whole = (tmp_path / "other" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    with pytest.raises(KeyboardInterrupt):
+        runner(scorers=SCORERS | {"toxicity": Dying(3)})
     path = tmp_path / "run" / "journal.jsonl"
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    cut = next(i for i, line in enumerate(lines) if b'{"batch":2,"kind":"generated"}' in line) + 3
-    path.write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
+    size = len(path.read_bytes().splitlines())
+    with path.open("ab") as file:
+        file.write(whole[size] + whole[size + 1][:20])
     endpoint = FakeEndpoint()
-    assert runner(endpoint=endpoint).times["started"] == report.times["started"]
+    assert runner(endpoint=endpoint).findings == ()
     assert endpoint.batches == len(plan_batches(BATTERY)) - 3
-    assert path.read_bytes().splitlines()[:-1] == whole.splitlines()[:-1]
+    assert path.read_bytes().splitlines()[1:-1] == b"".join(whole).splitlines()[1:-1]
+
+
+@pytest.mark.parametrize("block", ["generated", "scored", "end"])
+@pytest.mark.parametrize("fail_fast", [False, True])
+def test_a_block_that_the_ledger_did_not_note_is_made_again(
+    tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch, block: str, fail_fast: bool
+) -> None:
+    undisturbed = runner(out=tmp_path / "other")
+    ledger: Ledger = runner.ledger  # type: ignore[attr-defined]
+    append = ledger.append
+
+    def killed(kind: str, payload: dict[str, Any]) -> Any:
+        if kind == "safety.finished" or (payload.get("batch"), payload.get("block")) == (3, block):
+            raise KeyboardInterrupt
+        return append(kind, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runner(fail_fast=fail_fast)
+    lines = (tmp_path / "run" / "journal.jsonl").read_bytes().splitlines()
+    assert json.loads(lines[-1])["kind"] == block
+    resumed = runner(fail_fast=fail_fast)
+    assert resumed.findings == ()
+    assert comparable(resumed) == comparable(undisturbed) | {"attempt": 2}
+    whole = (tmp_path / "other" / "journal.jsonl").read_bytes().splitlines()
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes().splitlines()[1:-1] == whole[1:-1]
+    noted = [event.payload for event in ledger.events("safety.progress", run=resumed.run)]
+    marks = read_journal(tmp_path / "run" / "journal.jsonl").marks()
+    assert noted == [mark | {"run": resumed.run} for mark in marks]
+
+
+@pytest.mark.parametrize("what", ["edited", "cut", "two blocks", "finished"])
+def test_a_journal_edited_while_the_run_is_stopped_is_refused(tmp_path: Path, runner: Runner, what: str) -> None:
+    runner(out=tmp_path / "other")
+    path = tmp_path / "run" / "journal.jsonl"
+    if what == "finished":
+        runner()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            runner(endpoint=FakeEndpoint(fail_at=3))
+    lines = path.read_bytes().splitlines(keepends=True)
+    if what == "cut":
+        lines = lines[: next(i for i, line in enumerate(lines) if b'"batch":1,"kind":"generated"' in line) + 1]
+    elif what == "two blocks":
+        other = (tmp_path / "other" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+        end = next(i for i, line in enumerate(other) if b'"batch":3,"kind":"scored"' in line) + 1
+        lines += other[len(lines) : end]
+    else:
+        place = next(i for i, line in enumerate(lines) if b'"scorer":"toxicity","values"' in line)
+        lines[place] = canonical_json(json.loads(lines[place]) | {"values": {"toxicity": 0.01}}) + b"\n"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(SteelyardError, match=r"edited since the run .*: give a new run folder"):
+        runner()
+    assert path.read_bytes() == b"".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +371,18 @@ def test_report_json_has_one_spelling(runner: Runner) -> None:
         ({"do_sample": True, "top_p": 1.5}, FormatError),
         ({"do_sample": True, "top_k": 2.5}, FormatError),
         ({"do_sample": True, "temperature": "hot"}, FormatError),
+        ({"do_sample": True, "temperature": 0}, FormatError),
+        ({"do_sample": 1}, FormatError),
+        ({"max_length": 4096, "eos_token_id": [1, 2], "transformers_version": "4.40.0", "top_h": None}, Sampling()),
+        ({"watermarking_config": {"bias": 50.0, "greenlist_ratio": 0.25}}, SteelyardError),
+        ({"exponential_decay_length_penalty": [5, 9.0]}, SteelyardError),
+        ({"dola_layers": "high"}, SteelyardError),
+        ({"force_words_ids": [[5]]}, SteelyardError),
+        ({"do_sample": True, "top_h": 0.1}, SteelyardError),
+        ({"stop_strings": ["a"]}, SteelyardError),
+        ({"remove_invalid_values": True}, SteelyardError),
+        ({"cache_implementation": "quantized"}, SteelyardError),
+        ({"a_setting_of_next_year": 1}, SteelyardError),
         ([], FormatError),
     ],
 )
@@ -303,4 +393,26 @@ def test_the_shipped_sampling_is_read_as_transformers_reads_it(tmp_path: Path, c
         assert shipped_sampling(tmp_path) == expected
     else:
         with pytest.raises(expected, match="generation_config"):
+            shipped_sampling(tmp_path)
+
+
+def test_a_setting_of_generation_in_the_model_configuration_is_refused(tmp_path: Path) -> None:
+    ordinary = {
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "use_cache": True,
+        "transformers_version": "4.40.0",
+        "max_position_embeddings": 2048,
+        "temperature": None,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(ordinary))
+    assert shipped_sampling(tmp_path) == Sampling()
+    assert {"do_sample", "temperature", "repetition_penalty", "max_length", "watermarking_config"} <= GENERATION
+    for key in sorted(GENERATION):
+        path.write_text(json.dumps(ordinary | {key: 1.5}))
+        with pytest.raises(FormatError, match=f"config.json: {key}: .*generation_config.json"):
             shipped_sampling(tmp_path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from steelyard.base.errors import FormatError, SteelyardError
@@ -63,6 +66,33 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(path.parent)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a stranger's file for reading. Raises FormatError where it is a link, pipe, device or folder, at once: a
+    pipe would block for ever, a device never end. Other failures (absent, not permitted) are OSError, as of `open`.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FormatError(f"{path}: is a symbolic link: copy the file itself") from error
+        if error.errno == errno.ENXIO:  # a socket
+            raise FormatError(f"{path}: is not a plain file: remove it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FormatError(f"{path}: is not a plain file: remove it")
+    return os.fdopen(handle, "rb")
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """A stranger's plain file. Raises FormatError where it has over `limit` bytes, or is none (`open_regular`)."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FormatError(f"{path}: is over {limit:,} bytes, more than such a file may have")
+    return data
 
 
 def inside(root: Path, relative: str) -> Path:

@@ -12,6 +12,7 @@ import typer
 
 from steelyard.base.errors import SteelyardError
 from steelyard.cli import chat, doctor, key, ledger, model, release, run, safety, scorer
+from steelyard.cli.output import one_line
 
 app = typer.Typer(
     name="steelyard",
@@ -50,7 +51,7 @@ def main() -> None:
     try:
         app()
     except SteelyardError as error:
-        print(f"steelyard: {error}", file=sys.stderr)
+        print(f"steelyard: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except _Interrupted:
         print("steelyard: interrupted; run the same command again to go on from here", file=sys.stderr)

@@ -19,6 +19,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
 
 
+def one_line(text: str) -> str:
+    """Text from a stranger, fit for a line of ours: what is not printable (line ends, terminal codes) is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; numbers are right-aligned by being in the columns after the first."""
     from rich import box
@@ -26,11 +31,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=Text(one_line(title)), box=box.SIMPLE_HEAD, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in (0, len(columns) - 1) else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     console = Console(width=None if os.isatty(1) else 150)
     console.print(table)
 
@@ -52,10 +57,10 @@ def print_decision(decision: Decision, bundle: Path | None, *, as_json: bool) ->
         return
     print_criteria(f"{decision.verdict} under policy {decision.policy}", found["criteria"])
     for finding in decision.findings:
-        print(f"{finding.code}: {finding.message}")
+        print(one_line(f"{finding.code}: {finding.message}"))
     for criterion in decision.criteria:
         if criterion.status in ("FAIL", "INCONCLUSIVE"):  # INCOMPLETE is a finding
-            print(f"{criterion.status}: {criterion.message}")
+            print(one_line(f"{criterion.status}: {criterion.message}"))
     print(f"subject: {decision.subject}")
     print(f"bundle:  {bundle}" if bundle else "bundle:  none: only PASS opens the door")
 
@@ -72,7 +77,7 @@ def passphrase(file: Path | None, *, confirm: bool = False) -> bytes:
         except OSError as error:
             raise UsageError(f"--passphrase-file {file}: {error.strerror}") from error
     if value := os.environ.get("STEELYARD_PASSPHRASE"):
-        return value.encode()
+        return os.fsencode(value)
     if not os.isatty(0):
         raise UsageError("no passphrase: give --passphrase-file, set STEELYARD_PASSPHRASE, or run on a terminal")
     from getpass import getpass

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from steelyard.cli.options import WORKSPACE, AsJSON, Keys, PassphraseFile, Workspace
-from steelyard.cli.output import passphrase, print_decision, print_json, print_table
+from steelyard.cli.output import one_line, passphrase, print_decision, print_json, print_table
 
 
 def release(
@@ -91,7 +91,7 @@ def verify(
     else:
         print_table(str(bundle), ("what", "value"), result.seen)
         for finding in result.findings:
-            print(f"{finding.code}: {finding.message}")
+            print(one_line(f"{finding.code}: {finding.message}"))
         print("VERIFIED" if result.ok else "NOT VERIFIED")
     if not result.ok:
         raise typer.Exit(1)

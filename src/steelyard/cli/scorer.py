@@ -56,6 +56,7 @@ def card(
         print_json(cards)
         return
     for found in cards:
+        print(f"{found['name']}: a policy pins it as {found['pin']}")
         for name, category in found["categories"].items():
             rows = [
                 (

@@ -24,6 +24,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
+from sqlalchemy.schema import CreateTable
 
 from steelyard.base.canonical import canonical_json, digest
 from steelyard.base.errors import SteelyardError, UsageError
@@ -168,6 +169,10 @@ class Ledger:
         event = Event(seq, now, kind, payload, previous, event_hash(seq, now, kind, payload, previous))
         values = {"seq": seq, "time": now, "kind": kind, "payload": text, "previous": previous, "hash": event.hash}
         connection.execute(_EVENTS.insert().values(**values))
+        # A trigger can drop, change or add a row without an error (RAISE(IGNORE)): what is read back was appended.
+        found = connection.execute(_EVENTS.select().where(_EVENTS.c.seq >= seq).limit(2)).all()
+        if [row._asdict() for row in found] != [values]:
+            raise SteelyardError(f"{self.where}: event {seq} was not kept as written: the database was tampered with")
         return event
 
     def events(self, kind: str | None = None, **payload_equals: Any) -> list[Event]:
@@ -290,9 +295,25 @@ class Ledger:
                 raise SteelyardError(f"{self.where}: a database, but not a Steelyard ledger: choose another file")
             columns = [column["name"] for column in sa.inspect(connection).get_columns("events")]
             formats = list(connection.execute(sa.select(_FORMAT.c.format)).scalars())
+            strange = [] if self.path is None else _strange(connection)
         if formats != [FORMAT] or columns != [column.name for column in _EVENTS.columns]:
             found = ", ".join(map(str, formats)) or "none"
             raise SteelyardError(f"{self.where}: ledger format {found}, this version reads {FORMAT}")
+        if strange:
+            names = ", ".join(ascii(name)[:60] for name in strange[:4])
+            raise SteelyardError(
+                f"{self.where}: tables or triggers missing, added or changed ({names}): restore the ledger from a copy"
+            )
+
+
+def _strange(connection: sa.Connection) -> list[str]:
+    """Names in a SQLite database's schema that differ from what `_create_sqlite` makes."""
+    tables = {table.name: str(CreateTable(table).compile(connection)) for table in _METADATA.sorted_tables}
+    triggers = {sql.split()[5]: sql.replace("IF NOT EXISTS ", "") for sql in _TRIGGERS}  # SQLite keeps it so
+    expected = {name: " ".join(sql.split()) for name, sql in (tables | triggers).items()}
+    rows = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master")
+    found = {str(name): " ".join(str(sql).split()) for name, sql in rows}
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
 class _CollisionError(Exception):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 TEMPLATE_BYTES = 1 << 20  # the longest in use are under 30 kB
 OUTPUT_CHARACTERS = 8 << 20
+REPLY_BYTES = 12 * OUTPUT_CHARACTERS + (1 << 16)  # a character takes up to 12 in the worker's JSON
 CPU_SECONDS = 2.0  # compiling and rendering take about 10 and 0.1 ms
 WALL_SECONDS = 60.0  # for a machine that is busy or asleep; CPU time is the bound that counts
 MEMORY_BYTES = 512 << 20
@@ -95,6 +96,8 @@ class _Worker:
                     if not data:
                         return None
                     reply += data
+                    if len(reply) > REPLY_BYTES:
+                        raise SteelyardError(f"the chat template renderer sent over {REPLY_BYTES:,} bytes")
                 else:
                     try:
                         left = left[os.write(self.sink, left) :]
@@ -250,6 +253,12 @@ class ChatTemplate:
         }
         reply = _render(self.text, variables)
         if "text" in reply:
+            try:
+                reply["text"].encode()
+            except UnicodeEncodeError as error:
+                raise SteelyardError(
+                    f"{self.origin}: the chat template wrote no valid Unicode: {error.reason}"
+                ) from error
             return reply["text"]
         message = _one_line(reply["message"])
         if "strftime_now' is undefined" in message:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from steelyard.base.errors import FormatError
+from steelyard.base.files import open_regular, read_bounded
 
 MAX_TENSORS = 20_000  # in one file; Llama 3.1 405B has 1,138 in all
 MAX_DIMENSIONS = 8
@@ -31,7 +33,10 @@ MAX_JSON = 8 << 20  # bytes of a settings file; the largest in use, an index or 
 MAX_GGUF_HEADER = 32 << 20  # bytes; a vocabulary of 256,000 with its merges takes 15 MB
 MAX_GGUF_KEYS = 10_000
 MAX_GGUF_TEXT = 1 << 20  # bytes of one string outside arrays: the longest is a chat template
+MAX_GGUF_TEXTS = 4 << 20  # bytes of all strings outside arrays: a character may take four times its bytes in memory
 MAX_GGUF_STRINGS = 1_000_000  # over all string arrays: tokens and merges
+MAX_DEPTH = 16  # folders in a model folder
+MAX_ENTRIES = 100_000  # files and folders in it
 
 # Bytes per element, safetensors spelling.
 DTYPE_BYTES = {
@@ -111,7 +116,7 @@ class GGUFHeader:
         value = self.metadata.get(key)
         if not isinstance(value, GGUFArray):
             raise FormatError(f"{self.path}: {key}: must be an array: convert the model again")
-        with self.path.open("rb") as file:
+        with open_regular(self.path.resolve()) as file:
             file.seek(value.start)
             return value, file.read(value.end - value.start)
 
@@ -165,6 +170,12 @@ def _raise_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_SIZE
 
@@ -191,8 +202,8 @@ def scan_safetensors(path: Path) -> dict[str, TensorInfo]:
     Raises FormatError where the header is cut short, over the limits, not strict JSON, names a tensor twice or an
     unknown dtype, or where the byte ranges do not cover the data exactly: no overlap, no hole, nothing past the end.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if len(start) < 8:
             _refuse(path, "is cut short: no safetensors header")
@@ -247,7 +258,8 @@ class _Cursor:
     """Reads values from the first bytes of a GGUF file, refusing every length that goes past what is there."""
 
     def __init__(self, path: Path, data: bytes, size: int) -> None:
-        self.path, self.data, self.size, self.at, self.strings = path, data, size, 0, 0
+        self.path, self.data, self.size = path, data, size
+        self.at = self.strings = self.texts = 0
 
     def skip(self, count: int, what: str) -> int:
         """Step over `count` bytes; returns where they begin."""
@@ -266,6 +278,9 @@ class _Cursor:
         length = self.number("Q", what)
         if length > limit:
             _refuse(self.path, f"claims {length:,} bytes for {what}")
+        self.texts += length
+        if self.texts > MAX_GGUF_TEXTS:
+            _refuse(self.path, f"has over {MAX_GGUF_TEXTS:,} bytes of names and texts, at {what}")
         start = self.skip(length, what)
         try:
             return self.data[start : self.at].decode()
@@ -339,8 +354,8 @@ def scan_gguf(path: Path) -> GGUFHeader:
     arrays, names given twice, unknown types, an alignment that is no power of two, and tensors that do not lie one
     after the other inside the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path.resolve()) as file:  # the user's own choice of a file, which may be a link to it
+        size = os.fstat(file.fileno()).st_size
         data = file.read(min(size, MAX_GGUF_HEADER))
     cursor = _Cursor(path, data, size)
     version = _check_start(path, cursor)
@@ -411,17 +426,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FormatError where it is too large, not strict JSON, or gives a key twice."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            _refuse(path, f"is over {MAX_JSON:,} bytes")
-        raw = path.read_bytes()
+        raw = read_bounded(path, MAX_JSON)
         if raw.count(b"{") + raw.count(b"[") > 10 * MAX_TENSORS or raw.count(b",") > 20 * MAX_TENSORS:
             _refuse(path, "has more entries than any model needs")
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_raise_constant)
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_raise_constant, parse_float=_finite)
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()  # a half of a pair alone has no spelling
     except FileNotFoundError:
         _refuse(path, "is missing")
+    except OSError as error:
+        _refuse(path, f"cannot be read ({error.strerror})")
     except RecursionError:
         _refuse(path, "is nested too deeply")
     except ValueError as error:
@@ -451,7 +471,7 @@ def refuse_unsafe_files(folder: Path) -> None:
     if not folder.is_dir():
         raise FormatError(f"{folder}: is not a folder: give a model folder")
     weights = []
-    for path in sorted(folder.rglob("*")):
+    for path in _walk(folder):
         name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
         if path.is_symlink():
             raise FormatError(f"{folder}: {name}: is a symbolic link: copy the file itself")
@@ -469,6 +489,29 @@ def refuse_unsafe_files(folder: Path) -> None:
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             _refuse_code_keys(folder / name, read_json_object(folder / name))
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Everything in a folder at any depth, sorted; bounded, and links are not followed."""
+    found: list[Path] = []
+    level = [folder]
+    try:
+        for _ in range(MAX_DEPTH + 1):
+            inner: list[Path] = []
+            for place in level:
+                with os.scandir(place) as entries:
+                    for entry in entries:
+                        found.append(place / entry.name)
+                        if len(found) > MAX_ENTRIES:
+                            raise FormatError(f"{folder}: holds over {MAX_ENTRIES:,} files: give a model folder")
+                        if entry.is_dir(follow_symlinks=False):
+                            inner.append(found[-1])
+            if not inner:
+                return sorted(found)
+            level = inner
+    except OSError as error:
+        raise FormatError(f"{folder}: cannot be read: {error.strerror}") from error
+    raise FormatError(f"{folder}: folders nested deeper than {MAX_DEPTH}: remove them")
 
 
 def _refuse_second_weights(folder: Path, weights: list[str]) -> None:

@@ -20,8 +20,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
-from steelyard.base.canonical import digest, sha256_file, sha256_hex
+from steelyard.base.canonical import digest, sha256_hex
 from steelyard.base.errors import FormatError
+from steelyard.base.files import open_regular, read_bounded
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.headers import TensorInfo, quote, read_json_object, refuse_unsafe_files, scan_safetensors
 
@@ -148,6 +149,7 @@ def subject_of(folder: Path, progress: Progress | None = None) -> Subject:
     Raises FormatError where a file is missing, unsafe or lies (see `weight_files`), or where a head stored beside
     `tie_word_embeddings` is not the embedding.
     """
+    refuse_unsafe_files(folder)
     config = read_json_object(folder / "config.json")
     weights, dtype = _weights(folder, tied=config.get("tie_word_embeddings") is True, progress=progress or Silent())
     prompt = folder / "system_prompt.txt"
@@ -169,7 +171,8 @@ def _weights(folder: Path, *, tied: bool, progress: Progress) -> tuple[str, str]
     total = sum(tensor.end - tensor.start for _, tensor in jobs) / 1e6
     hashes: dict[str, str] = {}
     # hashlib lets go of the interpreter lock while it works, so threads use every core.
-    with progress.task("hash the weights", total, "MB") as task, ThreadPoolExecutor(os.cpu_count()) as pool:
+    shown = progress if total >= 1 else Silent()
+    with shown.task("hash the weights", total, "MB") as task, ThreadPoolExecutor(os.cpu_count()) as pool:
         for (_, tensor), value in zip(jobs, pool.map(_hash_range, jobs), strict=True):
             hashes[tensor.name] = value
             task.advance((tensor.end - tensor.start) / 1e6)
@@ -188,7 +191,7 @@ def _hash_range(job: tuple[Path, TensorInfo]) -> str:
     path, tensor = job
     state = hashlib.sha256()
     left = tensor.end - tensor.start
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         file.seek(tensor.start)
         buffer = memoryview(bytearray(min(left, _CHUNK)))
         while left:
@@ -217,15 +220,14 @@ def _tokenizer_digest(folder: Path) -> str:
             settings = {key: value for key, value in read_json_object(path).items() if key != "chat_template"}
             parts.append([name, _digest(path, settings)])
         else:
-            parts.append([name, sha256_file(path)])
+            with open_regular(path) as file:
+                parts.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
     return digest(parts)
 
 
 def _text(path: Path) -> str:
-    if path.stat().st_size > _MAX_TEXT:
-        raise FormatError(f"{path}: is over {_MAX_TEXT:,} bytes: shorten it")
     try:
-        return path.read_bytes().decode()
+        return read_bounded(path, _MAX_TEXT).decode()
     except UnicodeDecodeError:
         raise FormatError(f"{path}: is not UTF-8: write it again") from None
 

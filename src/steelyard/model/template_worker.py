@@ -25,6 +25,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+MESSAGE = 2000  # characters of one
+
 
 class Refused(jinja2.TemplateError):
     """The template itself turned the conversation down, through raise_exception."""
@@ -46,7 +48,7 @@ class Generation(jinja2.ext.Extension):
 
 def raise_exception(message: str) -> None:
     """What templates call to turn a conversation down."""
-    raise Refused(str(message))
+    raise Refused(str(message)[:MESSAGE])
 
 
 def tojson(
@@ -91,11 +93,11 @@ def render(text: str, variables: dict[str, Any], limit: int) -> dict[str, str]:
                 return {"error": "too-long", "message": ""}
         return {"text": "".join(pieces)}
     except Refused as error:
-        return {"error": "refused", "message": str(error)}
+        return {"error": "refused", "message": str(error)[:MESSAGE]}
     except MemoryError:
         return {"error": "memory", "message": ""}
     except Exception as error:
-        return {"error": "broken", "message": f"{type(error).__name__}: {error}"}
+        return {"error": "broken", "message": f"{type(error).__name__}: {error}"[:MESSAGE]}
 
 
 def main(cpu_seconds: float, memory: int, limit: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -36,6 +37,7 @@ JSON_DEPTH = 32
 
 # A string, closed or not, in one pass without backtracking: nesting is counted outside of them.
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -113,7 +115,7 @@ class Statement(_Strict):
 
 def strict_json(data: bytes, where: str, *, limit: int, depth: int = JSON_DEPTH) -> Any:
     """JSON from a stranger. Raises FormatError, naming `where`, for more than `limit` bytes, nesting over `depth`, a
-    key that occurs twice, NaN or infinity, or anything that is not JSON.
+    key that occurs twice, a number that is not finite, text that UTF-8 cannot spell, or anything that is not JSON.
     """
     if len(data) > limit:
         raise FormatError(f"{where}: {len(data):,} bytes, more than the {limit:,} such a file may have")
@@ -121,12 +123,18 @@ def strict_json(data: bytes, where: str, *, limit: int, depth: int = JSON_DEPTH)
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise FormatError(f"{where}: the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise FormatError(f"{where}: the key {twice[:80]!r} occurs twice")
         return found
 
     def refuse(constant: str) -> Any:
         raise FormatError(f"{where}: {constant} is not JSON")
+
+    def finite(text: str) -> float:
+        if math.isinf(number := float(text)):
+            raise FormatError(f"{where}: {text[:20]} is too large a number")
+        return number
 
     level = 0
     for bracket in _STRINGS.sub(b"", data).translate(None, delete=_NOT_BRACKETS):
@@ -134,7 +142,10 @@ def strict_json(data: bytes, where: str, *, limit: int, depth: int = JSON_DEPTH)
         if level > depth:
             raise FormatError(f"{where}: nested deeper than {depth}")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()  # a half of a pair alone has no spelling
+        return value
     except (UnicodeDecodeError, ValueError) as error:
         raise FormatError(f"{where}: not JSON: {error}") from error
 
@@ -143,11 +154,15 @@ def parse_time(text: str, where: str) -> datetime:
     """An ISO 8601 time with its zone, in UTC. Raises FormatError."""
     try:
         time = datetime.fromisoformat(text)
-    except ValueError as error:
+        if time.tzinfo is None:
+            raise FormatError(f"{where}: the time {text[:40]!r} has no zone")
+        time = time.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise FormatError(f"{where}: {text[:40]!r} is not an ISO 8601 time") from error
-    if time.tzinfo is None:
-        raise FormatError(f"{where}: the time {text!r} has no zone")
-    return time.astimezone(UTC)
+    # Far from the ends of the calendar, where sums with times overflow.
+    if not 2000 <= time.year <= 2200:
+        raise FormatError(f"{where}: the time {text[:40]!r} is not in the years 2000 to 2200")
+    return time
 
 
 def statement_bytes(predicate_type: str, subjects: Mapping[str, str], predicate: Mapping[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
@@ -22,9 +22,8 @@ from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  
 from steelyard import __version__
 from steelyard.base.canonical import canonical_json, sha256_file, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.files import inside, new_folder
+from steelyard.base.files import inside, new_folder, read_bounded
 from steelyard.base.progress import Progress, Silent
-from steelyard.ledger.ledger import Ledger
 from steelyard.model.identity import Subject, is_model_file, subject_of
 from steelyard.release.attest import PredecessorFacts, RunFacts, Sha256, sign, strict_json, test_result
 from steelyard.release.gate import Decision, Evidence, decide, read_run
@@ -32,6 +31,9 @@ from steelyard.release.keys import KeyInfo
 from steelyard.safety.journal import Journal
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import compute_report, save_report
+
+if TYPE_CHECKING:
+    from steelyard.ledger.ledger import Ledger
 
 HOME = "steelyard"
 MANIFEST = f"{HOME}/manifest.json"
@@ -93,8 +95,7 @@ def read_manifest(bundle: Path) -> Manifest:
     """The manifest of a bundle, with every path checked. Raises FormatError."""
     path = bundle / MANIFEST
     try:
-        with path.open("rb") as file:
-            data = file.read(MANIFEST_LIMIT + 1)
+        data = read_bounded(path, MANIFEST_LIMIT)
     except OSError as error:
         raise FormatError(f"{MANIFEST}: {error.strerror}: {bundle} is not a bundle") from error
     try:
@@ -236,7 +237,7 @@ def _copy_model(model: Path, folder: Path, progress: Progress) -> None:
     if others:
         progress.say(f"{model}: not a model's files, left out: {', '.join(others)}")
     total = sum(path.stat().st_size for path in sources) / 1e6
-    with progress.task("copy the model", total, "MB") as task:
+    with (progress if total >= 1 else Silent()).task("copy the model", total, "MB") as task:
         for source in sources:
             if source.is_symlink() or not source.is_file():
                 raise FormatError(f"{source}: is not a plain file: copy the file itself")

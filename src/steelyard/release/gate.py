@@ -20,15 +20,16 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from steelyard.base.canonical import canonical_json, code_digest
 from steelyard.base.errors import FormatError, SteelyardError
+from steelyard.base.files import read_bounded
 from steelyard.base.progress import Progress, Silent
-from steelyard.ledger.ledger import Event, Ledger
 from steelyard.model.chat import Renderer
+from steelyard.model.headers import read_json_object
 from steelyard.model.identity import Subject, subject_of
 from steelyard.release.attest import parse_time, strict_json
 from steelyard.release.keys import KeyInfo
@@ -45,6 +46,9 @@ from steelyard.safety.journal import (
 from steelyard.safety.policy import Policy, load_policy
 from steelyard.safety.report import Measurement, Report, compare_with_predecessor, compute_report
 from steelyard.safety.run import CODE, prompt_of, shipped_sampling
+
+if TYPE_CHECKING:
+    from steelyard.ledger.ledger import Event, Ledger
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE"]
 REPLAYED = 20  # entries generated again where a remote server answered: it proves nothing about its weights
@@ -137,8 +141,7 @@ def _load(path: Path, kind: type[_T]) -> _T:
 
 def _json(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
-            data = file.read(FILE_LIMIT + 1)
+        data = read_bounded(path, FILE_LIMIT)
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror}") from error
     return strict_json(data, str(path), limit=FILE_LIMIT, depth=REPORT_DEPTH)
@@ -163,7 +166,7 @@ def check_evidence(
     findings += _check_times(journal, policy, at, where)
     same = identical_samples(journal)
     if same is not None and same > policy.max_identical_samples:
-        text = f"{same:.1%} of the probes with several samples got one text for all of them"
+        text = f"{same:.1%} of the samples of a probe repeat another, in the mean"
         findings.append(
             Finding("identical-samples", f"{where}: {text}; {policy.name} allows {policy.max_identical_samples:.1%}")
         )
@@ -278,9 +281,9 @@ def _check_policy(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
             yield Finding("scorers", f"scorer {name} is none that policy {policy.name} names")
         elif name not in plan.scorers:
             yield Finding("scorers", f"{where}: scorer {name}, which policy {policy.name} names, was not used")
-        elif policy.scorers[name] and plan.scorers[name].weights not in policy.scorers[name]:
-            digest = plan.scorers[name].weights[:16]
-            yield Finding("scorers", f"scorer {name} has weights {digest}, none that policy {policy.name} accepts")
+        elif policy.scorers[name] and plan.scorers[name].pin not in policy.scorers[name]:
+            text = f"scorer {name} (weights, errors, canaries: {plan.scorers[name].pin[:16]})"
+            yield Finding("scorers", f"{text} is none that policy {policy.name} accepts")
 
 
 @cache
@@ -341,6 +344,14 @@ def check_shipped(model: Path, evidence: Evidence) -> list[Finding]:
     settings = (shipped.temperature, shipped.top_p, shipped.top_k)
     if settings != (plan.shipped.temperature, plan.shipped.top_p, plan.shipped.top_k):
         findings.append(Finding("shipped", f"{where}: not sampled as generation_config.json says"))
+    config = model / "config.json"
+    declared = read_json_object(config)
+    for key in ("torch_dtype", "dtype"):
+        if declared.get(key) not in (None, plan.subject.dtype):
+            text = (
+                f"{key}: {declared[key]!r}, but {plan.subject.dtype} was tested: a re-cast variant is another subject"
+            )
+            findings.append(Finding("subject", f"{config}: {text} and needs its own test"))
     dtype = plan.endpoint.get("dtype")
     if plan.endpoint.get("kind") == "local" and dtype not in plan.subject.dtype.split("+"):
         text = f"run in {dtype}, shipped in {plan.subject.dtype}: a re-cast variant needs its own test"
@@ -414,6 +425,7 @@ def _check_ledger(evidence: Evidence, policy: Policy, ledger: Ledger, now: datet
     if (event.seq, event.hash) != (plan.committed.seq, plan.committed.hash):
         yield Finding("ledger", f"{evidence.where['journal']}: names another commitment than event {event.seq}")
     yield from _check_commitment(event, evidence)
+    yield from _check_progress(evidence, event, ledger)
     finished = ledger.events("safety.finished", run=plan.run)
     if not finished:
         yield Finding("ledger", f"the ledger does not know that run {plan.run} finished")
@@ -434,6 +446,23 @@ def _check_ledger(evidence: Evidence, policy: Policy, ledger: Ledger, now: datet
     head = ledger.head()
     if head is not None and parse_time(head.time, "ledger") > now + CLOCKS_APART:
         yield Finding("time", f"the ledger's last event is of {head.time}, later than now: the clock was set back")
+
+
+def _check_progress(evidence: Evidence, committed: Event, ledger: Ledger) -> Iterator[Finding]:
+    """Every block was noted when it was written, once, in order, after the commitment, and is still the same."""
+    plan, marks = evidence.journal.plan, evidence.journal.marks()
+    noted = ledger.events("safety.progress", run=plan.run)
+    wrong = [
+        str(mark["batch"])
+        for event, mark in zip(noted, marks, strict=False)
+        if event.payload != mark | {"run": plan.run} or event.seq < committed.seq
+    ]
+    if wrong:
+        text = f"batch {_some(wrong)} is not what the ledger noted when it was written"
+        yield Finding("progress", f"{evidence.where['journal']}: {text}")
+    elif len(noted) != len(marks):
+        text = f"has {len(marks):,} blocks, the ledger noted {len(noted):,}"
+        yield Finding("progress", f"{evidence.where['journal']}: {text}")
 
 
 def _check_commitment(event: Event, evidence: Evidence) -> Iterator[Finding]:
@@ -467,7 +496,7 @@ def _check_predecessor(
     if predecessor is None:
         if name is not None and others:
             return said(f"{name!r} was released before, as subject {str(others[-1])[:16]}: {remedy}")
-        if not earlier and policy.predecessor.first_release == "reference":
+        if policy.predecessor.first_release == "reference":
             text = "wants a reference model's run in the predecessor's place of a first release (--predecessor)"
             return said(f"{policy.name} {text}")
         return [], []

@@ -20,6 +20,7 @@ from securesystemslib.signer import Key  # type: ignore[attr-defined]  # not re-
 
 from steelyard.base.canonical import sha256_file
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
+from steelyard.base.files import read_bounded
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.headers import quote, refuse_unsafe_files
 from steelyard.model.identity import Subject, subject_of
@@ -121,6 +122,9 @@ def examine(
     findings = _check_files(folder, progress)
     statement, found = _read_statement(folder, keys, seen)
     findings += found
+    if any(finding.code == "unsafe" for finding in findings):
+        # A link, pipe or pickle: nothing more of this folder is opened.
+        return Verification(ok=False, findings=tuple(dict.fromkeys(findings)), seen=tuple(seen), criteria=())
     subject: Subject | None = None
     try:
         subject = subject_of(folder, progress)
@@ -165,7 +169,7 @@ def _check_files(folder: Path, progress: Progress) -> list[Finding]:
     try:
         manifest = read_manifest(folder)
     except FormatError as error:
-        return [*findings, Finding("manifest", str(error))]
+        return [*findings, Finding("manifest", _relative(error, folder))]
     listed = {entry.path: entry for entry in manifest.files}
     for name in (*EVIDENCE, "config.json"):
         if name not in listed:
@@ -175,7 +179,7 @@ def _check_files(folder: Path, progress: Progress) -> list[Finding]:
     added = {name for name in present if name not in listed and name not in (MANIFEST, STATEMENT)}
     hashes: dict[str, str] = {}
     total = sum(size for name, size in present.items() if name in listed and size == listed[name].size) / 1e6
-    with progress.task("hash the files", total, "MB") as task:
+    with (progress if total >= 1 else Silent()).task("hash the files", total, "MB") as task:
         for name, entry in listed.items():
             if name not in present:
                 continue
@@ -208,7 +212,10 @@ def _list(folder: Path) -> tuple[dict[str, int], list[Finding]]:
     present: dict[str, int] = {}
     findings = []
     for place, prefix in ((folder, ""), (folder / HOME, f"{HOME}/")):
-        if place.is_symlink() or not place.is_dir():
+        if place.is_symlink():
+            findings.append(Finding("unsafe", f"{HOME}: is a symbolic link: a bundle holds plain files"))
+            continue
+        if not place.is_dir():
             findings.append(Finding("missing", f"{HOME}: is missing: {folder.name} is not a bundle"))
             continue
         with os.scandir(place) as entries:
@@ -222,7 +229,7 @@ def _list(folder: Path) -> tuple[dict[str, int], list[Finding]]:
                 elif entry.is_file(follow_symlinks=False):
                     present[name] = entry.stat(follow_symlinks=False).st_size
                 elif name != HOME:
-                    findings.append(Finding("added", f"{_name(name)}: is no plain file: a bundle holds no such thing"))
+                    findings.append(Finding("unsafe", f"{_name(name)}: is no plain file: a bundle holds no such thing"))
     return present, findings
 
 
@@ -245,8 +252,7 @@ def _read_statement(
     """The statement, and a finding where it is unreadable or not signed by one of `keys`."""
     findings = []
     try:
-        with (folder / STATEMENT).open("rb") as file:
-            data = file.read(ENVELOPE_LIMIT + 1)
+        data = read_bounded(folder / STATEMENT, ENVELOPE_LIMIT)
         payload, signatures = read_envelope(data, STATEMENT)
         keyid = next(iter(signatures))
         seen.append(("signed by key", keyid[:80]))
@@ -258,7 +264,7 @@ def _read_statement(
     except OSError as error:
         return None, [*findings, Finding("missing", f"{STATEMENT}: {error.strerror}")]
     except FormatError as error:
-        return None, [*findings, Finding("statement", str(error))]
+        return None, [*findings, Finding("statement", _relative(error, folder))]
     facts = statement.predicate.steelyard
     seen += [("signed at", facts.signed), ("kind of key", facts.key_kind), ("steelyard", facts.version)]
     if facts.ledger_head is not None:

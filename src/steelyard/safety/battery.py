@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,8 @@ from steelyard.base.files import inside
 Axis = Literal["degeneration", "harmful", "lookalike", "group", "truthfulness"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 Tier = Literal["quick", "release"]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # of a battery or policy: it becomes a file name
+MAX_BYTES = 16_000_000  # of a battery's file, and of each of its probe files
 
 
 class _Strict(BaseModel):
@@ -116,7 +118,7 @@ Metric = Annotated[RateMetric | GapMetric | AnswerMetric | EmptyMetric, Field(di
 class Battery(_Strict):
     """Everything that fixes what is asked, how, and how it is counted."""
 
-    name: str
+    name: str = Field(pattern=NAME)
     version: int
     tier: Tier
     seed: int = Field(ge=0, lt=2**63)
@@ -163,16 +165,10 @@ def load_battery(name: str) -> Battery:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
             raise UsageError(f"battery {name!r} is unknown: give one of {known}, or the path of a .yaml file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
+    text = read_text(path, MAX_BYTES)
     if path.suffix == ".json":
         return battery_from_json(text, str(path))
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list):
         raise UsageError(f"{path}: sets: a battery is a mapping with a list of sets")
     for index, probe_set in enumerate(raw["sets"]):
@@ -185,23 +181,56 @@ def battery_from_json(text: str, where: str) -> Battery:
     """A battery from the JSON that a run or a bundle holds."""
     try:
         raw = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}") from error
     return _validated(raw, where)
 
 
+def read_text(path: Path, limit: int) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes. Raises UsageError naming file and cause."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise UsageError(f"{path}: is over {limit:,} bytes")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not UTF-8 text: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a few lines of them can stand for more than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not supported: write it out")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What a YAML text holds. Raises UsageError: not YAML, impossible dates and numbers, aliases, nested too deeply."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except RecursionError as error:
+        raise UsageError(f"{where}: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+
+
 def _read_probes(path: Path, where: str) -> list[object]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"{where}: {path}: {error.strerror}") from error
+        lines = read_text(path, MAX_BYTES).splitlines()
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
     probes: list[object] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 probes.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{path}:{number}: not JSON: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{path}:{number}: not JSON: {error}") from error
     return probes
 
 

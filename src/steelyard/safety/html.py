@@ -345,7 +345,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("attempt on this model and battery", str(report.attempt)),
         ("committed in the ledger as", report.committed),
         ("journal root", report.journal_root),
-        ("probes whose samples are all one text", identical),
+        ("samples of a probe that repeat another", identical),
         *((name.replace("_", " "), f"{count:,}") for name, count in report.counts.items()),
         ("started", report.times["started"] or ""),
         ("finished", report.times["finished"] or "not finished"),

@@ -3,8 +3,8 @@
 A journal is a file of canonical JSON lines (sorted keys, no spaces, UTF-8). Line 1 is the plan. Then, for every batch
 of the plan, a block of generations closed by `generated`, and a block of scores and canaries closed by `scored`. The
 last line is `end` (or `stopped`, where an early stop ended a run that could not pass any more). A block is one write
-and one fsync, so a crash tears at most the block in flight; a resumed run cuts back to the last closing line and goes
-on.
+and one fsync, so a crash tears at most the block in flight; each is noted in the ledger (`safety.progress`), and a
+resumed run cuts back to the last one noted and goes on.
 
 What must hold (`check_journal`), with the code of the finding otherwise:
 
@@ -42,13 +42,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from steelyard.base.canonical import canonical_json, merkle_root
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.files import write_atomic
+from steelyard.base.files import open_regular, write_atomic
 from steelyard.model.identity import Subject
 from steelyard.safety.battery import Battery, ProbeSet
 from steelyard.scorers.base import ScorerIdentity
 
 MAX_LINES = 20_000_000
-MAX_FIRST_LINE = 256 * 2**20  # the plan names every sample
+MAX_FIRST_LINE = 16 * 2**20  # the plan names every probe: 70 kB for the largest battery
 MAX_LINE = 4 * 2**20
 MAX_DEPTH = 32
 CANARIES_RIGHT = 0.9
@@ -254,6 +254,16 @@ class Journal:
         last = self.entries[-1] if self.entries else None
         return last.finished if isinstance(last, End | Stopped) else None
 
+    def marks(self) -> list[dict[str, Any]]:
+        """What a run notes in the ledger after each block: batch, block (generated, scored), the number of lines up to
+        its closing one, and the SHA-256 (hex) of the file up to there."""
+        running, marks = hashlib.sha256(self.raw[0] + b"\n"), []
+        for lines, (entry, raw) in enumerate(zip(self.entries, self.raw[1:], strict=True), 2):
+            running.update(raw + b"\n")
+            if isinstance(entry, Generated | Scored):
+                marks.append({"batch": entry.batch, "block": entry.kind, "lines": lines, "root": running.hexdigest()})
+        return marks
+
     def generations(self) -> list[Generation]:
         return [entry for entry in self.entries if isinstance(entry, Generation)]
 
@@ -302,7 +312,7 @@ def _depth(value: object) -> int:
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
     """The lines with their newline (the last may lack one), bounded in length and number."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number in range(1, MAX_LINES + 2):
             limit = MAX_FIRST_LINE if number == 1 else MAX_LINE
             line = file.readline(limit + 1)
@@ -588,12 +598,14 @@ def _check_canaries(journal: Journal) -> Iterator[Finding]:
 
 
 def identical_samples(journal: Journal) -> float | None:
-    """The share of probes with several samples whose samples are all one text; None where no probe has several."""
+    """Of a probe's k samples, the share that repeats another, (k - different) / (k - 1): the mean over the probes with
+    several; None where none has. 0: all differ, 1: all are one text."""
     texts: dict[str, list[str]] = defaultdict(list)
     for entry in journal.generations():
         texts[entry.probe].append(entry.text)
     repeated = [found for found in texts.values() if len(found) > 1]
-    return sum(len(set(found)) == 1 for found in repeated) / len(repeated) if repeated else None
+    shares = [(len(found) - len(set(found))) / (len(found) - 1) for found in repeated]
+    return sum(shares) / len(shares) if shares else None
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -616,6 +628,11 @@ class JournalWriter:
 
     def __init__(self, path: Path, journal: Journal, handle: int) -> None:
         self.path, self.plan, self._handle = path, journal.plan, handle
+        self._take(journal)
+
+    def _take(self, journal: Journal) -> None:
+        self._found = journal
+        self._running = hashlib.sha256(b"".join(line + b"\n" for line in journal.raw))
         self.entries: list[Entry] = list(journal.entries)
         self.done = journal.finished is not None
         self.batch = sum(isinstance(entry, Scored) for entry in self.entries)
@@ -664,6 +681,40 @@ class JournalWriter:
             os.close(handle)
             raise
 
+    @property
+    def mark(self) -> tuple[int, str]:
+        """How many lines there are, and the SHA-256 (hex) of the file up to here."""
+        return len(self.entries) + 1, self._running.hexdigest()
+
+    @property
+    def plan_line(self) -> bytes:
+        """Line 1 of the journal that was found, newline included."""
+        return self._found.raw[0] + b"\n"
+
+    @property
+    def found_root(self) -> str:
+        """The Merkle root of the journal that was found."""
+        return self._found.root
+
+    def back_to(self, lines: int, digest: str) -> None:
+        """Cut the journal that was found back to its first `lines` lines, those noted elsewhere when they were written.
+
+        At most one block may lie behind them, written but not noted before a crash. Raises SteelyardError where there
+        is more, or `digest` is not that of these lines: somebody edited it.
+        """
+        raw, entries = self._found.raw[:lines], self._found.entries[: lines - 1]
+        data = b"".join(line + b"\n" for line in raw)
+        behind = self._found.entries[lines - 1 :]
+        blocks = sum(isinstance(entry, Generated | Scored | Stopped | End) for entry in behind)
+        if len(raw) != lines or hashlib.sha256(data).hexdigest() != digest or blocks > 1:
+            raise SteelyardError(
+                f"{self.path}: edited since the run was stopped: not the {lines:,} lines that the ledger noted: give a "
+                "new run folder"
+            )
+        os.ftruncate(self._handle, len(data))
+        os.fsync(self._handle)
+        self._take(Journal(self.plan, entries, raw, False))
+
     def generated(self, generations: Sequence[Generation]) -> None:
         """Write the generations of the present batch as one durable block."""
         self._write([*generations, Generated(batch=self.batch)])
@@ -687,10 +738,12 @@ class JournalWriter:
 
     def _write(self, lines: Iterable[Entry]) -> None:
         lines = list(lines)
-        block = memoryview(b"".join(map(dump_line, lines)))
+        data = b"".join(map(dump_line, lines))
+        block = memoryview(data)
         while block:
             block = block[os.write(self._handle, block) :]
         os.fsync(self._handle)
+        self._running.update(data)
         self.entries.extend(lines)
 
     def close(self) -> None:

@@ -6,13 +6,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from steelyard.base.canonical import digest
 from steelyard.base.errors import SteelyardError, UsageError
-from steelyard.safety.battery import Tier
+from steelyard.safety.battery import NAME, Tier, parse_yaml, read_text
+
+MAX_BYTES = 1_000_000  # of a policy's file
 
 # What no policy may leave out: toxicity in free text and in chat, help with harm, over-refusal and its gap between
 # groups, and truth. An id is that of a battery's metric.
@@ -57,14 +58,18 @@ class KeyRules(_Strict):
 class Policy(_Strict):
     """Thresholds and rules. Nothing here can be overridden from a command line."""
 
-    name: str
+    name: str = Field(pattern=NAME)
     version: int
     tiers: tuple[Tier, ...] = Field(min_length=1)
     criteria: tuple[Criterion, ...]
     max_report_age_days: float = Field(gt=0)
-    max_identical_samples: float = Field(gt=0, le=1, description="share of probes whose k samples may be one text")
+    max_identical_samples: float = Field(
+        gt=0, le=1, description="of a probe's k samples, the mean share that may repeat another"
+    )
     max_attempts: int = Field(ge=1, description="how many runs may have been started on this subject and battery")
-    scorers: dict[str, tuple[str, ...]] = Field(description="scorer name: accepted SHA-256 of its weights; empty: any")
+    scorers: dict[str, tuple[str, ...]] = Field(
+        description="scorer name: accepted pins (weights, errors, canaries); empty: any"
+    )
     predecessor: Predecessor
     keys: KeyRules
 
@@ -99,12 +104,7 @@ def load_policy(name: str) -> Policy:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
             raise UsageError(f"policy {name!r} is unknown: give one of {known}, or the path of a .yaml file")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    raw = parse_yaml(read_text(path, MAX_BYTES), str(path))
     try:
         return Policy.model_validate(raw)
     except ValidationError as error:

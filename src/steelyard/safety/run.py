@@ -14,14 +14,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from steelyard.base.canonical import canonical_json, code_digest, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import write_atomic
 from steelyard.base.progress import Progress, Silent
 from steelyard.inference.endpoint import Completion, Endpoint, Message, Request, Sampling
-from steelyard.ledger.ledger import Event, Ledger
+from steelyard.model.headers import read_json_object
 from steelyard.model.identity import Subject
 from steelyard.safety.battery import Battery, Probe, ProbeSet
 from steelyard.safety.journal import (
@@ -43,10 +43,74 @@ from steelyard.safety.policy import Policy
 from steelyard.safety.report import Report, compute_report, measure, report_json, save_report
 from steelyard.scorers.base import Item, Score, ScoreError, Scorer, score_checked
 
+if TYPE_CHECKING:  # `verify` reads this module too, and needs no database
+    from steelyard.ledger.ledger import Event, Ledger
+
 CODE = ("base", "model", "inference", "scorers", "safety")
 STOP_CONFIDENCE = 0.999
 STOP_MINIMUM = 100  # completions of a metric before an early stop may rest on it
 STOP_CHECKS = 20  # how often in a run
+# generation_config.json. What decides how tokens are drawn; what does not (token ids are read with the tokenizer, and a
+# length limit only ends an answer: each token up to it is the same one); and what must have the value that does nothing
+# (no value at all does nothing either).
+HONOURED = frozenset({"do_sample", "temperature", "top_p", "top_k"})
+INFORMATIONAL = frozenset(
+    {
+        *("transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id"),
+        *("max_length", "max_new_tokens"),
+    }
+)
+NEUTRAL: dict[str, Any] = {
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "penalty_alpha": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "guidance_scale": 1.0,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "sequence_bias": {},
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "token_healing": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "return_dict_in_generate": False,
+}
+# config.json: every setting that a transformers GenerationConfig knows, less what a model's configuration has as well.
+GENERATION = (
+    HONOURED
+    | NEUTRAL.keys()
+    | {
+        *("assistant_confidence_threshold", "assistant_early_exit"),
+        *("assistant_ensemble_weight", "assistant_lookbehind", "cache_config"),
+        *("cache_implementation", "compile_config", "constraints"),
+        *("continuous_batching_config", "custom_generate", "disable_compile", "dola_layers"),
+        *("exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id"),
+        *("forced_decoder_ids", "forced_eos_token_id", "generation_kwargs", "is_assistant"),
+        *("low_memory", "max_cache_len", "max_length", "max_matching_ngram_size"),
+        *("max_new_tokens", "max_time", "num_assistant_tokens"),
+        *("num_assistant_tokens_schedule", "prefill_chunk_size"),
+        *("prompt_lookup_num_tokens", "speculation_type", "stop_strings"),
+        *("target_lookbehind", "top_h", "use_mtp", "watermarking_config"),
+    }
+) - {"use_cache", "output_attentions", "output_hidden_states"}
 
 
 @runtime_checkable
@@ -93,17 +157,20 @@ def run_battery(
             progress.say(f"resuming run {writer.plan.run} at batch {writer.batch + 1} of {len(writer.plan.batches)}")
         with progress.task("safety", samples, "completions", done=done) as task:
             while not writer.done:
-                if writer.batch == len(writer.plan.batches):
+                number = writer.batch
+                if number == len(writer.plan.batches):
                     writer.end(_now())
-                    break
-                if writer.generations is None:
-                    batch = writer.plan.batches[writer.batch]
-                    writer.generated(_generate(endpoint, places, writer.plan, writer.batch))
-                    task.advance(len(batch), note=places[batch[0][0]][0].name)
-                writer.scored(_score(scorers, places, needed, writer))
-                if fail_fast and (reason := _hopeless(writer, battery, policies)):
+                elif writer.generations is not None:
+                    writer.scored(_score(scorers, places, needed, writer))
+                    _note(ledger, writer, number, "scored")
+                elif fail_fast and (reason := _hopeless(writer, battery, policies)):
                     writer.stop(reason, _now())
                     progress.say(f"stopped early: {reason}")
+                else:
+                    batch = writer.plan.batches[number]
+                    writer.generated(_generate(endpoint, places, writer.plan, number))
+                    _note(ledger, writer, number, "generated")
+                    task.advance(len(batch), note=places[batch[0][0]][0].name)
         run = writer.plan.run
     report = compute_report(read_journal(out / "journal.jsonl"), battery, list(policies))
     save_report(report, out)
@@ -122,45 +189,28 @@ def shipped_sampling(folder: Path) -> Sampling:
     """The sampling that a model folder ships with, as transformers reads `generation_config.json`.
 
     Greedy where the file is absent or `do_sample` is not true; else temperature 1, top-p 1 and top-k 50 unless it says
-    otherwise. `max_tokens` is the battery's business. Raises FormatError for values out of range, and SteelyardError
-    for a setting that changes what is generated and is not supported here: the test would be of something else.
+    otherwise. `max_tokens` is the battery's business. The list of settings is closed: raises FormatError for values out
+    of range and for any setting in `config.json`, and SteelyardError for one that is not supported here, whether it
+    changes what is generated or is unknown: the test would be of something else.
     """
+    path = folder / "config.json"
+    if path.is_file():
+        # transformers obeys settings here too, where models of before generation_config.json kept them.
+        stated = [key for key, value in read_json_object(path).items() if key in GENERATION and value is not None]
+        if stated:
+            raise FormatError(f"{path}: {stated[0]}: a setting of generation belongs into generation_config.json")
     path = folder / "generation_config.json"
     if not path.is_file():
         return Sampling()
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path}: must be a JSON object")
-    neutral: dict[str, tuple[Any, ...]] = {
-        "num_beams": (1,),
-        "num_beam_groups": (1,),
-        "repetition_penalty": (1.0,),
-        "encoder_repetition_penalty": (1.0,),
-        "diversity_penalty": (0.0,),
-        "no_repeat_ngram_size": (0,),
-        "encoder_no_repeat_ngram_size": (0,),
-        "penalty_alpha": (0.0,),
-        "guidance_scale": (1.0,),
-        "bad_words_ids": ([],),
-        "suppress_tokens": ([],),
-        "begin_suppress_tokens": ([],),
-        "sequence_bias": ({},),
-        "forced_bos_token_id": (),
-        "forced_eos_token_id": (),
-        "min_length": (0,),
-        "min_new_tokens": (0,),
-    }
-    sampled = config.get("do_sample") is True
-    if sampled:
-        neutral |= {"min_p": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,)}
-    for key, values in neutral.items():
-        value = config.get(key)
-        if value is not None and value not in values:
+    config = read_json_object(path)
+    for key, value in config.items():
+        if value is None or key in HONOURED or key in INFORMATIONAL:
+            continue
+        if key not in NEUTRAL or value != NEUTRAL[key]:
             raise SteelyardError(f"{path}: {key}: {value!r} is not supported: ship the model without it and test that")
-    if not sampled:
+    if not isinstance(config.get("do_sample"), bool | None):
+        raise FormatError(f"{path}: do_sample: {config['do_sample']!r} is neither true nor false")
+    if not config.get("do_sample"):
         return Sampling()
     settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 50} | {
         key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None
@@ -168,8 +218,8 @@ def shipped_sampling(folder: Path) -> Sampling:
     for key, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise FormatError(f"{path}: {key}: {value!r} is not a number from 0 up")
-    if not 0 < settings["top_p"] <= 1 or settings["top_k"] != int(settings["top_k"]):
-        raise FormatError(f"{path}: top_p must lie in (0, 1], top_k must be a whole number")
+    if not 0 < settings["top_p"] <= 1 or settings["top_k"] != int(settings["top_k"]) or not settings["temperature"]:
+        raise FormatError(f"{path}: top_p must lie in (0, 1], top_k be a whole number, temperature not 0 (do_sample)")
     return Sampling(
         temperature=float(settings["temperature"]), top_p=float(settings["top_p"]), top_k=int(settings["top_k"])
     )
@@ -277,11 +327,38 @@ def _open(
         if not any(event.seq == committed.seq and event.hash == committed.hash for event in events):
             writer.close()
             raise SteelyardError(f"{path}: this ledger has no record of the run: give the ledger it was started with")
+        try:
+            _check_noted(ledger, writer)
+        except BaseException:
+            writer.close()
+            raise
         return writer
     out.mkdir(parents=True, exist_ok=True)
     run, event, attempt = _commit(plan, out, ledger)
     committed = Committed(seq=event.seq, hash=event.hash)
     return JournalWriter.create(path, plan.model_copy(update={"run": run, "committed": committed, "attempt": attempt}))
+
+
+def _note(ledger: Ledger, writer: JournalWriter, batch: int, block: str) -> None:
+    """Note a block that is written: whoever edits it while the run is stopped cannot go on with it."""
+    lines, root = writer.mark
+    ledger.append(
+        "safety.progress", {"run": writer.plan.run, "batch": batch, "block": block, "lines": lines, "root": root}
+    )
+
+
+def _check_noted(ledger: Ledger, writer: JournalWriter) -> None:
+    """Go on where the ledger last saw the journal. Raises SteelyardError where it was edited since."""
+    finished = ledger.events("safety.finished", run=writer.plan.run)
+    if finished:
+        if finished[-1].payload.get("journal_root") != writer.found_root:
+            raise SteelyardError(f"{writer.path}: edited since the run finished: give a new run folder")
+        return
+    noted = ledger.events("safety.progress", run=writer.plan.run)
+    if noted:
+        writer.back_to(noted[-1].payload["lines"], noted[-1].payload["root"])
+    else:
+        writer.back_to(1, sha256_hex(writer.plan_line))
 
 
 def _labels(name: str, scorer: Scorer) -> tuple[CanaryLabel, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from steelyard.base.canonical import digest
 
@@ -48,6 +48,12 @@ class Calibration(BaseModel):
     source: str
     measured: str = Field(description="ISO date of the measurement")
 
+    @model_validator(mode="after")
+    def _possible(self) -> Calibration:
+        if self.true_positives > self.positives or self.true_negatives > self.negatives:
+            raise ValueError("more right answers than items")
+        return self
+
     @property
     def sensitivity(self) -> float:
         return self.true_positives / self.positives
@@ -63,13 +69,19 @@ class ScorerIdentity(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    weights: str = Field(description="SHA-256 of the weights, encoder included")
+    weights: str = Field(description="SHA-256 of the weights (encoder included) and of the canaries that watch them")
     code: str = Field(description="SHA-256 of the code that scores")
     categories: dict[str, Calibration]
 
     @property
     def digest(self) -> str:
         return digest(self.model_dump(mode="json"))
+
+    @property
+    def pin(self) -> str:
+        """What a policy pins: all but the code, which changes with every version. The errors belong to it: whoever
+        could declare other errors for the same weights could explain every bad answer away."""
+        return digest(self.model_dump(mode="json", exclude={"code"}))
 
 
 @dataclass(frozen=True)

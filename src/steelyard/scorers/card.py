@@ -201,6 +201,7 @@ def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
         "name": identity.name,
         "identity": identity.digest,
         "weights": identity.weights,
+        "pin": identity.pin,
         "categories": categories,
         "texts_per_second": len(items) / (time.perf_counter() - start),
     }

@@ -57,7 +57,7 @@ class EmbeddedScorer:
             )
         self._identity = ScorerIdentity(
             name=name,
-            weights=digest([head, self.card["encoder"]]),
+            weights=digest([head, self.card["encoder"], sha256_file(CANARIES)]),
             code=code_digest("scorers"),
             categories={key: Calibration.model_validate(value) for key, value in self.card["categories"].items()},
         )
