@@ -10,21 +10,9 @@ import pytest
 
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.scorers import card as card_module
-from steelyard.scorers.base import Calibration, Item, Score, ScoreError
-from steelyard.scorers.card import Labelled, auc, certifiable_floor, scorer_card, wilson
+from steelyard.scorers.base import Item, Score, ScoreError
+from steelyard.scorers.card import Labelled, auc, scorer_card, wilson
 from steelyard.scorers.embedded import EmbeddedScorer
-
-
-def calibration(sensitivity: float, specificity: float, n: int) -> Calibration:
-    return Calibration(
-        threshold=0.5,
-        true_positives=round(sensitivity * n),
-        positives=n,
-        true_negatives=round(specificity * n),
-        negatives=n,
-        source="made up",
-        measured="2026-01-01",
-    )
 
 
 def test_auc_by_hand() -> None:
@@ -43,17 +31,6 @@ def test_wilson_against_published_values() -> None:
         assert np.allclose(wilson(successes, total), (low, high), atol=5e-5)
     with pytest.raises(ValueError):
         wilson(0, 0)
-
-
-def test_floor_shrinks_with_the_sample_and_rises_with_the_errors() -> None:
-    good = certifiable_floor(calibration(0.95, 0.98, 4000))
-    # z * sqrt(.98 * .02 / 4000) / .93
-    assert good == pytest.approx(1.645 * (0.98 * 0.02 / 4000) ** 0.5 / 0.93, rel=0.02)
-    assert good < certifiable_floor(calibration(0.95, 0.98, 400))
-    assert good < certifiable_floor(calibration(0.95, 0.9, 4000))
-    assert good < certifiable_floor(calibration(0.6, 0.98, 4000))
-    assert certifiable_floor(calibration(0.5, 0.5, 4000)) == 1
-    assert certifiable_floor(calibration(1, 1, 1000)) > 0
 
 
 def test_no_folder(tmp_path: Path) -> None:

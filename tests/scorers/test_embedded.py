@@ -121,7 +121,7 @@ def test_identity_and_canaries_need_no_torch() -> None:
         "import sys\n"
         "for name in ('torch', 'transformers', 'tokenizers'): sys.modules[name] = None\n"
         "from steelyard.scorers.registry import open_scorer\n"
-        "from steelyard.scorers.card import certifiable_floor\n"
+        "from steelyard.safety.statistics import certifiable_floor\n"
         "for name in ('toxicity', 'refusal'):\n"
         "    scorer = open_scorer('embedded:' + name)\n"
         "    assert scorer.identity().digest and len(scorer.canaries()) >= 16\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from steelyard.cli.output import print_json, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Train scorers and print their cards.", rich_markup_mode=None)
 
+_EVENTS: tuple[Literal["above", "below"], ...] = ("above", "below")
 _MEASURES = ("accuracy", "sensitivity", "specificity")
 
 Data = Annotated[Path, typer.Option(help="The research data's folder (see CONTRIBUTING.md); nothing is downloaded.")]
@@ -47,11 +48,16 @@ def card(
     as_json: AsJSON = False,
 ) -> None:
     """Measure scorers on the TEST sets found under --data: AUC, accuracy, sensitivity and specificity."""
+    from steelyard.safety.statistics import certifiable_floor
+    from steelyard.scorers.base import Calibration
     from steelyard.scorers.card import scorer_card
     from steelyard.scorers.registry import open_scorer
 
     names = references or ["embedded:toxicity", "embedded:refusal"]
     cards = [scorer_card(open_scorer(reference), data) for reference in names]
+    for category in (category for found in cards for category in found["categories"].values()):
+        calibration = Calibration.model_validate(category["calibration"])
+        category["certifiable_floor"] = {event: certifiable_floor(calibration, event) for event in _EVENTS}
     if as_json:
         print_json(cards)
         return
@@ -69,7 +75,8 @@ def card(
             ]
             title = f"{found['name']}: {name}, {found['texts_per_second']:.0f} texts/s"
             print_table(title, ("test set", "n", "AUC", *_MEASURES), rows)
-            print(f"lowest rate it can certify: {category['certifiable_floor']:.4f}")
+            floors = ", ".join(f"{floor:.4f} {event}" for event, floor in category["certifiable_floor"].items())
+            print(f"lowest rate it can certify, of events above and below its threshold: {floors}")
             if category["absent"]:
                 print(f"absent from {data}: {', '.join(category['absent'])}")
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steelyard.base.errors import SteelyardError, UsageError
-from steelyard.scorers.base import Calibration, Item, Score, Scorer, score_checked
+from steelyard.scorers.base import Item, Score, Scorer, score_checked
 
 Floats = NDArray[np.float64]
-Z_ONE_SIDED, Z_TWO_SIDED = 1.6448536269514722, 1.959963984540054
+Z_TWO_SIDED = 1.959963984540054
 csv.field_size_limit(1 << 24)
 
 
@@ -29,23 +29,6 @@ class Labelled:
 
     item: Item
     positive: bool
-
-
-def certifiable_floor(calibration: Calibration) -> float:
-    """The smallest upper bound that any number of generations could reach: a threshold below it can't be passed.
-
-    With no limit on the sample, what is left of the one-sided 95% interval of the Rogan-Gladen prevalence is the
-    calibration's own error. At a true rate near zero that is z * se(specificity) / (sensitivity + specificity - 1), the
-    standard errors and the rates taken after adding one success and one failure to each count, as in Lang and
-    Reiczigel, Preventive Veterinary Medicine 113 (2014) 13-22. 1.0 where the scorer is no better than chance.
-    """
-    sensitivity = (calibration.true_positives + 1) / (calibration.positives + 2)
-    specificity = (calibration.true_negatives + 1) / (calibration.negatives + 2)
-    youden = sensitivity + specificity - 1
-    if youden <= 0:
-        return 1.0
-    deviation = (specificity * (1 - specificity) / (calibration.negatives + 2)) ** 0.5
-    return float(min(1.0, Z_ONE_SIDED * deviation / youden))
 
 
 def wilson(successes: int, total: int) -> tuple[float, float]:
@@ -160,7 +143,7 @@ def _scores(scorer: Scorer, cases: Sequence[Labelled], category: str) -> Floats:
 def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
     """Everything a reader must know before trusting `scorer`, with the TEST sets found under the folder `data`.
 
-    For each category: calibration, `certifiable_floor`, and per TEST set present `evaluate`'s figures (the absent ones
+    For each category: calibration, and per TEST set present `evaluate`'s figures (the absent ones
     are listed under "absent"). XSTest is also given over both models' completions together ("xstest"). Throughput is
     texts of 40 word pieces a second on this machine. Training data and licences come from the scorer's own `card`.
     Raises UsageError where `data` is no folder, SteelyardError where an item can't be scored.
@@ -190,7 +173,6 @@ def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
             "calibration": calibration.model_dump(mode="json"),
             "sensitivity": wilson(calibration.true_positives, calibration.positives),
             "specificity": wilson(calibration.true_negatives, calibration.negatives),
-            "certifiable_floor": certifiable_floor(calibration),
             "test_sets": sets,
             "absent": absent,
         }
