@@ -22,7 +22,7 @@ _NEEDED_FOR = {
     "torch": ("models", "importing, generating, scoring, replay"),
     "tokenizers": ("models", "importing, generating, the gate"),
     "jinja2": ("models", "chat templates, the gate"),
-    "transformers": ("models", "the sentence encoder of the scorers"),
+    "transformers": ("models", "loading bundles as other tools do"),
     "gguf": ("models", "importing GGUF files"),
     "httpx": ("models", "remote endpoints"),
     "huggingface_hub": ("models", "importing from a model hub"),
