@@ -182,7 +182,7 @@ def test_answers_come_in_order_with_no_more_under_way_than_allowed(stub: Callabl
     requests = [Request(id=f"r{index}", prompt=(Message("user", str(index)),)) for index in range(24)]
     completions = OpenAIEndpoint(server.url, "m", concurrency=4).generate(requests)
     assert [(c.id, c.text) for c in completions] == [(f"r{index}", f"re: {index}") for index in range(24)]
-    assert server.busiest == 4
+    assert 1 < server.busiest <= 4
     assert OpenAIEndpoint(server.url, "m").generate([]) == []
 
 
