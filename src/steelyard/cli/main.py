@@ -53,6 +53,10 @@ def main() -> None:
     except SteelyardError as error:
         print(f"steelyard: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a file where a folder is expected, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"steelyard: {one_line(where + (error.strerror or str(error)))}", file=sys.stderr)
+        sys.exit(1)
     except _Interrupted:
         print("steelyard: interrupted; run the same command again to go on from here", file=sys.stderr)
         sys.exit(130)
