@@ -126,9 +126,9 @@ def test_killed_at_twenty_random_moments_the_report_is_that_of_an_undisturbed_ru
         first, size = len(quiet_journal.raw[0]), sum(len(line) + 1 for line in quiet_journal.raw)
         batch = (time.monotonic() - start) / len(quiet_journal.plan.batches)
         # Two moments lie at the start, around plan and commit. The others are sizes the journal has reached, rising
-        # over the run, plus a random part of half a batch's time: in generation, in scoring, or in a write.
-        for reached in [0.0, 0.0, *sorted(moments.uniform(first, size * 0.75) for _ in range(KILLS - 2))]:
-            delay = moments.uniform(0, batch / 2)
+        # over the run, plus a random part of a batch's time: in generation, in scoring, or in a write.
+        for reached in [0.0, 0.0, *sorted(moments.uniform(first, size * 0.93) for _ in range(KILLS - 2))]:
+            delay = moments.uniform(0, batch)
             run = runs.start("killed")
             deadline = time.monotonic() + 120
             while reached and (journal.stat().st_size if journal.exists() else 0) < reached:
