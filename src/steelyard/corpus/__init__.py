@@ -1,0 +1,1 @@
+"""Text to measured, tokenised shards."""
