@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -402,9 +402,21 @@ class Llama(nn.Module):
         out: Tensor = self.model.norm(x)
         return out
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, C]; the embedding's own where they are tied."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., V] of the final stream [..., C]."""
-        return F.linear(x, (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
+        return F.linear(x, self.head_weight)
+
+    def packed(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The final, normalised stream [T, C] of documents that lie one after another, for training.
+
+        tokens, positions int64 [T]; `lengths` of the documents sum to T. Attention never crosses a document.
+        """
+        raise NotImplementedError
 
     def prefill(self, tokens: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         """Read right-padded prompts [B, T] of `lengths` [B] into the empty rows of `cache`.
