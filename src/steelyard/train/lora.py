@@ -42,9 +42,9 @@ MAX_RANK = 4096
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.(self_attn|mlp)\.([a-z]+)_proj\.lora_(A|B)\.weight")
 # What changes the computation in PEFT and is not read here: each must be absent or empty.
 _UNREAD = (
-    "use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias",
+    "use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
     "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
-    "megatron_config", "arrow_config", "corda_config", "eva_config", "loftq_config",
+    "lora_bias", "megatron_config", "arrow_config", "corda_config", "eva_config", "loftq_config",
 )  # fmt: skip
 
 
