@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from steelyard.base.errors import UsageError
 from steelyard.base.files import write_atomic
@@ -126,12 +126,8 @@ def guided(
 
 
 def _leads(preprompt: Preprompt | Sequence[str] | Sequence[Preprompt]) -> list[Preprompt]:
-    if isinstance(preprompt, str):
-        leads: list[Preprompt] = [preprompt]
-    elif isinstance(preprompt, tuple) and preprompt and all(isinstance(turn, Message) for turn in preprompt):
-        leads = [preprompt]  # type: ignore[list-item]
-    else:
-        leads = list(preprompt)
+    one = isinstance(preprompt, str) or (bool(preprompt) and isinstance(preprompt[0], Message))
+    leads = cast("list[Preprompt]", [preprompt] if one else list(preprompt))
     if not leads or not all(lead.strip() if isinstance(lead, str) else lead for lead in leads):
         raise UsageError("preprompt: give at least one, and none that is empty")
     return leads
