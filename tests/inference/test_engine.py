@@ -12,7 +12,8 @@ import torch
 
 from steelyard.base.errors import SteelyardError
 from steelyard.inference.endpoint import Sampling
-from steelyard.inference.engine import PREFILL_TOKENS, Engine, prefill_groups
+from steelyard.inference.engine import Engine
+from steelyard.inference.executor import Executor
 from steelyard.model.llama import Llama, LlamaConfig, load_llama
 from steelyard.model.tokenizer import Tokenizer
 
@@ -134,7 +135,7 @@ def test_no_requests_no_work(tiny: Llama) -> None:
 def test_refuses_before_any_work_naming_the_request(
     tiny: Llama, prompt: list[int], sampling: Sampling, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Llama, "prefill", None)
+    monkeypatch.setattr(Executor, "prefill", None)
     with pytest.raises(SteelyardError, match=named) as error:
         Engine(tiny, ()).generate([[1], prompt], [Sampling(), sampling], [0, 0], ["first", "second"])
     assert "request second" in str(error.value)
@@ -175,15 +176,6 @@ def test_check_holds_few_logits_at_once(tiny: Llama, monkeypatch: pytest.MonkeyP
     tokens = Engine(tiny, ()).generate([[1, 2]], [sampling], [9])[0][0]
     monkeypatch.setattr("steelyard.inference.engine.CHECK_TOKENS", 7)
     assert max(Engine(tiny, ()).check([1, 2], tokens, sampling, 9)) < 1e-3
-
-
-def test_prefill_groups_cover_all_rows_within_the_bound() -> None:
-    lengths = sorted([*range(1, 200, 3), 5000, 5001, 2000, 2047, 2048, 2049])
-    groups = list(prefill_groups(lengths))
-    assert [row for start, stop in groups for row in range(start, stop)] == list(range(len(lengths)))
-    for start, stop in groups:
-        assert stop - start == 1 or (stop - start) * lengths[stop - 1] <= PREFILL_TOKENS
-    assert len(groups) < 10
 
 
 def smollm2_prompts(tokenizer: Tokenizer, count: int) -> list[list[int]]:

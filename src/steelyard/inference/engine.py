@@ -1,37 +1,142 @@
-"""Batched generation: one padded prefill, then one decoding step a token for all rows, until every row is done.
+"""The engine: requests of any length enter and leave one running batch.
 
-A row's noise depends on its seed and position alone, and everything else on the batch alone, so the same batch yields
-the same tokens bit for bit on the same machine; another batch may differ where rounding decides a near tie.
+Each step writes one token for every row of the batch and then reads prompts for the rows that are free (the rules are
+`scheduler.py`'s). A row's noise depends on its seed and position alone, so in float32 its tokens do not depend on the
+batch; in coarser dtypes rounding decides near ties otherwise in another batch, but the same list of requests is always
+served by the same steps, and yields the same tokens bit for bit on the same machine. Not for use by several threads.
+
+>>> handle = engine.submit([1, 5, 9], Sampling(max_tokens=8), text=True)
+>>> while not handle.done:
+...     engine.step()
+...     print(handle.read(), end="")
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Literal
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steelyard.base.errors import SteelyardError
+from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.inference.endpoint import Sampling
-from steelyard.inference.sampling import check_sampling, choose, margins
-from steelyard.model.llama import KVCache, Llama
+from steelyard.inference.executor import PAGE, Executor
+from steelyard.inference.memory import cache_pages, memory_error, out_of_memory
+from steelyard.inference.pages import Pages
+from steelyard.inference.sampling import check_sampling, choose, log_probabilities, margins, penalise
+from steelyard.inference.scheduler import Finish, Generation, Plan, Scheduler, pages_for
+from steelyard.inference.text import TextStream
+from steelyard.model.llama import Llama
 
-Finish = Literal["stop", "length"]
-PREFILL_TOKENS = 4096  # padded tokens read at once: enough to fill the processor, bounded memory
-KEEP_ABOVE = 0.75  # finished rows are dropped once this share, or less, of the batch is still running
+PREFILL_TOKENS = 4096  # prompt tokens read between two writing steps: enough to fill the processor, bounded memory
 CHECK_TOKENS = 256  # positions whose logits are held at once in `check`
 
 
+@dataclass(frozen=True)
+class Event:
+    """What one step did for one request: a token, the text it completed, and how it ended if it did."""
+
+    generation: Generation
+    token: int | None  # None for an error
+    text: str
+
+
+@dataclass
+class Counts:
+    """Work done since the engine was opened."""
+
+    steps: int = 0
+    prompt_tokens: int = 0  # of requests that began to write
+    prefilled: int = 0  # of these, read; the others were shared
+    generated: int = 0
+
+
 class Engine:
-    """Generates with one model. `decode` (token ids to text) is needed for stop strings only."""
+    """Generates with one model. `decode` (token ids to text) is needed for stop strings and for streamed text."""
 
     def __init__(
-        self, model: Llama, eos_ids: Collection[int], decode: Callable[[Sequence[int]], str] | None = None
+        self,
+        model: Llama,
+        eos_ids: Collection[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
+        *,
+        rows: int = 128,
+        cache_bytes: int | None = None,
+        queue: int = 1024,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
-        self.model, self.eos_ids, self.decode = model, frozenset(eos_ids), decode
+        """`rows`: requests that write at a time. `cache_bytes`: the key/value cache's memory (see
+        `memory.cache_pages` for None). `queue`: requests that may wait. `prefill_tokens`: prompt tokens read a step.
+
+        Raises UsageError for settings that can't work, SteelyardError where memory does not suffice.
+        """
+        if rows < 1 or queue < 1 or prefill_tokens < PAGE:
+            raise UsageError(f"rows and queue must be at least 1, prefill_tokens at least {PAGE}")
+        self.model, self.eos_ids, self.decode, self.rows = model, frozenset(eos_ids), decode, rows
+        self.counts = Counts()
+        weight = model.model.embed_tokens.weight
+        pages = cache_pages(model.config, weight.dtype, weight.device, rows, cache_bytes)
+        self.page_bytes = Executor.bytes_per_page(model.config, weight.dtype)
+        try:
+            self.executor = Executor(model, pages)
+        except Exception as error:
+            if out_of_memory(error):
+                raise memory_error("opening the engine", rows, pages, self.page_bytes) from error
+            raise
+        self.pages = Pages(pages)
+        self._schedule = Scheduler(self.pages, rows, queue, prefill_tokens)
+        self._batch: tuple[list[Generation], Tensor] | None = None  # rows and page tables of the last writing step
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the key/value cache takes."""
+        return self.pages.count * self.page_bytes
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return self._schedule.idle
+
+    # -- one request at a time ------------------------------------------------------------------------------------
+
+    def submit(
+        self, prompt: Sequence[int], sampling: Sampling, seed: int = 0, name: str = "0", *, text: bool = False
+    ) -> Generation:
+        """Put a request into the queue. `text`: whether events and `Generation.read` are to give text.
+
+        Raises SteelyardError, naming the request, where the queue is full, for an empty prompt, a token outside the
+        vocabulary, meaningless sampling settings, text or stop strings without `decode`, and a prompt that with its
+        max_tokens exceeds the context or the cache.
+        """
+        generation = self._prepare(prompt, sampling, seed, name, text=text)
+        self._schedule.add(generation)
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Forget a request; its row and pages are free at once. Nothing happens to one that is done."""
+        if not generation.done:
+            self._schedule.remove(generation)
+            generation.error = SteelyardError(f"request {generation.name}: cancelled")
 
     @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Write one token for every row, then read prompts for free rows. Requests that fail have `error` set.
+
+        Raises SteelyardError where memory runs out; all requests are then forgotten.
+        """
+        try:
+            return self._step()
+        except BaseException as error:
+            self._abandon(error)
+            if out_of_memory(error):
+                raise memory_error("in a step", self.rows, self.pages.count, self.page_bytes) from error
+            raise
+
+    # -- a list of requests -----------------------------------------------------------------------------------------
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -42,54 +147,40 @@ class Engine:
         """For each prompt (token ids), in order: the new tokens, any stop token that ended them included, and why.
 
         A stop string ends a row with the token that completes it, wherever it began; cutting the text before it is the
-        caller's. Raises SteelyardError before any work, naming the request (`names`, or its number), for an empty
-        prompt, a token outside the vocabulary, meaningless sampling settings, stop strings without `decode`, and a
-        prompt that with its max_tokens exceeds the context; during work, for logits that are not finite.
+        caller's. Raises SteelyardError as `submit`, before any work, naming the request (`names`, or its number);
+        during work, for logits that are not finite.
         """
+        done = self.complete(prompts, samplings, seeds, names)
+        return [(generation.tokens, generation.finish) for generation in done if generation.finish is not None]
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
+        seeds: Sequence[int],
+        names: Sequence[str] | None = None,
+    ) -> list[Generation]:
+        """As `generate`, with all that is known of each request. The engine must be idle: it begins with an empty
+        cache, so that what comes out depends on the list alone."""
         names = [str(i) for i in range(len(prompts))] if names is None else names
         if not len(prompts) == len(samplings) == len(seeds) == len(names):
             raise ValueError("prompts, samplings, seeds and names must be of one length")
-        for prompt, sampling, name in zip(prompts, samplings, names, strict=True):
-            self._check_request(prompt, sampling, name)
-        if not prompts:
-            return []
-
-        # Shortest first: prompts read together are of like length, and each such group is a run of cache rows
-        running = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        capacity = max(len(prompts[i]) + samplings[i].max_tokens for i in running)
-        cache = KVCache.empty(self.model, len(running), capacity)
-        logits = self._prefill([prompts[i] for i in running], cache)
-        completions: list[list[int]] = [[] for _ in prompts]
-        finishes: dict[int, Finish] = {}
-        while True:
-            chosen = choose(
-                logits,
-                [samplings[i] for i in running],
-                [seeds[i] for i in running],
-                [len(completions[i]) for i in running],
-            )
-            for i, token in zip(running, chosen.tolist(), strict=True):
-                if i in finishes:
-                    continue  # a finished row not yet dropped
-                if token < 0:
-                    raise SteelyardError(
-                        f"request {names[i]}: the model's logits are not finite: its weights are broken, "
-                        f"or overflow in {str(logits.dtype).removeprefix('torch.')}"
-                    )
-                completions[i].append(token)
-                finish = self._finish(completions[i], samplings[i])
-                if finish is not None:
-                    finishes[i] = finish
-            alive = [row for row, i in enumerate(running) if running[row] not in finishes]
-            if not alive:
-                return [(completions[i], finishes[i]) for i in range(len(prompts))]
-            if len(alive) <= KEEP_ABOVE * len(running):
-                rows = torch.tensor(alive, device=chosen.device)
-                cache.keep(rows)
-                running, chosen = [running[row] for row in alive], chosen[rows]
-            logits = self.model.decode(chosen, cache)
-            # A finished row stays where it is, writing to one slot over and over: it never outgrows the cache
-            cache.lengths += torch.tensor([i not in finishes for i in running], device=chosen.device)
+        asked = [self._prepare(*request) for request in zip(prompts, samplings, seeds, names, strict=True)]
+        if not self.idle:
+            raise SteelyardError("the engine is serving other requests: a list of requests needs it alone")
+        self._schedule.clear()
+        # Longest first, so that the batch stays full to the end
+        queue = deque(sorted(asked, key=lambda generation: -generation.sampling.max_tokens))
+        try:
+            while queue or not self.idle:
+                while queue and len(self._schedule.waiting) < self._schedule.queue:
+                    self._schedule.add(queue.popleft())
+                for event in self.step():
+                    if event.generation.error is not None:
+                        raise event.generation.error
+        finally:
+            self._schedule.clear()
+        return asked
 
     @torch.inference_mode()
     def check(
@@ -100,7 +191,7 @@ class Engine:
         One forward pass over prompt and tokens. 0.0 where it is the choice, else the margin of `sampling.margins`, in
         units of logit / temperature (of logit, where greedy): small where only rounding differs (other hardware, other
         batch), large where the tokens are not this model's. infinity for a token after a stop token. Errors as in
-        `generate`; also for more tokens than `max_tokens`.
+        `submit`; also for more tokens than `max_tokens`.
         """
         if not tokens:
             raise SteelyardError(f"request {name}: no tokens to check")
@@ -114,13 +205,25 @@ class Engine:
         given = torch.tensor(tokens, device=device)
         found: list[float] = []
         for start in range(0, len(tokens), CHECK_TOKENS):
-            part = slice(start, start + CHECK_TOKENS)
-            positions = range(len(tokens))[part]
-            found += margins(self.model.head(stream[part]), given[part], sampling, seed, positions)
-        stops = [i for i, token in enumerate(tokens) if token in self.eos_ids]
+            part = range(start, min(start + CHECK_TOKENS, len(tokens)))
+            logits = self.model.head(stream[part.start : part.stop])
+            logits = penalise(logits, [sampling] * len(part), [(prompt, tokens[:i]) for i in part])
+            found += margins(logits, given[part.start : part.stop], sampling, seed, part)
+        stops = [i for i, token in enumerate(tokens) if self._stops(token, sampling)]
         if stops:
             found[stops[0] + 1 :] = [float("inf")] * (len(tokens) - stops[0] - 1)
         return found
+
+    # -- checks -----------------------------------------------------------------------------------------------------
+
+    def _prepare(
+        self, prompt: Sequence[int], sampling: Sampling, seed: int, name: str, *, text: bool = False
+    ) -> Generation:
+        self._check_request(prompt, sampling, name)
+        if self.decode is None and (text or sampling.stop):
+            raise SteelyardError(f"request {name}: text and stop strings need a tokenizer: this engine was given none")
+        stream = TextStream(self.decode, sampling.stop) if self.decode and (text or sampling.stop) else None
+        return Generation(name, list(prompt), sampling, seed, stream)
 
     def _check_request(self, prompt: Sequence[int], sampling: Sampling, name: str) -> None:
         check_sampling(sampling, name)
@@ -133,42 +236,116 @@ class Engine:
                 f"request {name}: {len(prompt)} prompt tokens + {sampling.max_tokens} new ones exceed the context of "
                 f"{limit}: shorten the prompt or lower max_tokens (nothing is ever truncated)"
             )
-        if sampling.stop and self.decode is None:
-            raise SteelyardError(f"request {name}: stop strings need a tokenizer: this engine was given none")
+        needed = pages_for(len(prompt), sampling.max_tokens)
+        if needed >= self.pages.count:
+            raise SteelyardError(
+                f"request {name}: {len(prompt)} prompt tokens + {sampling.max_tokens} new ones need "
+                f"{(needed + 1) * self.page_bytes:,} bytes of cache; this engine has {self.cache_bytes:,}: "
+                "raise cache_bytes, or lower max_tokens"
+            )
+        self._check_vocabulary(sampling.stop_tokens, name)
 
     def _check_vocabulary(self, tokens: Sequence[int], name: str) -> None:
         vocabulary = self.model.config.vocab_size
-        for token in tokens:
-            if not 0 <= token < vocabulary:
-                raise SteelyardError(f"request {name}: token {token} is outside the model's vocabulary of {vocabulary}")
+        if len(tokens) and not (min(tokens) >= 0 and max(tokens) < vocabulary):
+            token = next(token for token in tokens if not 0 <= token < vocabulary)
+            raise SteelyardError(f"request {name}: token {token} is outside the model's vocabulary of {vocabulary}")
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        """Read the prompts, sorted by length, into `cache`; logits [B, V] after the last token of each."""
-        device = cache.lengths.device
-        logits = []
-        for start, stop in prefill_groups([len(prompt) for prompt in prompts]):
-            group = prompts[start:stop]
-            longest = len(group[-1])
-            tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in group], device=device)
-            lengths = torch.tensor([len(prompt) for prompt in group], device=device)
-            logits.append(self.model.prefill(tokens, lengths, cache.rows(start, stop)))
-        return torch.cat(logits)
+    # -- a step -------------------------------------------------------------------------------------------------------
 
-    def _finish(self, tokens: list[int], sampling: Sampling) -> Finish | None:
-        if tokens[-1] in self.eos_ids:
-            return "stop"
-        if sampling.stop and self.decode is not None:
-            # the whole text each time: only so is a stop string seen whatever tokens it is spread over
-            text = self.decode(tokens)
-            if any(stop in text for stop in sampling.stop):
-                return "stop"
-        return "length" if len(tokens) == sampling.max_tokens else None
+    def _step(self) -> list[Event]:
+        self.counts.steps += 1
+        events: list[Event] = []
+        if self._schedule.running:
+            rows = list(self._schedule.running)
+            events += self._extend(rows, self._write(rows))
+        plan = self._schedule.plan()
+        self._begin(plan, events)
+        if plan.parts:
+            logits = self.executor.prefill(
+                [part.reader.prompt[part.start : part.stop] for part in plan.parts],
+                [part.start for part in plan.parts],
+                [part.reader.table for part in plan.parts],
+            )
+            self.counts.prefilled += sum(part.stop - part.start for part in plan.parts)
+            ready = Plan()
+            for part, row in zip(plan.parts, logits, strict=True):
+                begun = self._schedule.read(part, row)
+                ready.copies += begun.copies
+                ready.started += begun.started
+            self._begin(ready, events)
+        return events
 
+    def _begin(self, plan: Plan, events: list[Event]) -> None:
+        """Copy pages, and draw the first token of those who begin."""
+        for source, target in plan.copies:
+            self.executor.copy_page(source, target)
+        if plan.started:
+            rows = [generation for generation, _ in plan.started]
+            self.counts.prompt_tokens += sum(len(generation.prompt) for generation in rows)
+            events += self._extend(rows, torch.stack([logits for _, logits in plan.started]))
 
-def prefill_groups(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Cut ascending lengths into runs (start, stop) of at most PREFILL_TOKENS padded tokens, or of one longer row."""
-    start = 0
-    for stop in range(1, len(lengths) + 1):
-        if stop == len(lengths) or lengths[stop] * (stop + 1 - start) > PREFILL_TOKENS:
-            yield start, stop
-            start = stop
+    def _write(self, rows: list[Generation]) -> Tensor:
+        """Read each row's newest token; logits [B, V] for the next."""
+        device = self.executor.device
+        if self._batch is None or self._batch[0] != rows:
+            widest = max(len(generation.table) for generation in rows)
+            tables = [generation.table + [0] * (widest - len(generation.table)) for generation in rows]
+            self._batch = (rows, torch.tensor(tables, dtype=torch.int32, device=device))
+        cached = [generation.cached for generation in rows]
+        used = max(cached) // PAGE + 1
+        return self.executor.decode(
+            torch.tensor([generation.tokens[-1] for generation in rows], device=device),
+            torch.tensor(cached, device=device),
+            self._batch[1][:, :used].contiguous(),
+        )
+
+    def _extend(self, rows: Sequence[Generation], logits: Tensor) -> list[Event]:
+        """Draw a token for each of `rows` and say what became of it."""
+        samplings = [generation.sampling for generation in rows]
+        penalised = penalise(logits, samplings, [(generation.prompt, generation.tokens) for generation in rows])
+        positions = [len(generation.tokens) for generation in rows]
+        chosen = choose(penalised, samplings, [generation.seed for generation in rows], positions).tolist()
+        asked = [i for i, sampling in enumerate(samplings) if sampling.logprobs is not None and chosen[i] >= 0]
+        if asked:
+            counts = [samplings[i].logprobs or 0 for i in asked]
+            found = log_probabilities(logits[asked], [chosen[i] for i in asked], counts)
+            for i, values in zip(asked, found, strict=True):
+                rows[i].logprobs.append(values)
+        return [self._take(generation, token, logits.dtype) for generation, token in zip(rows, chosen, strict=True)]
+
+    def _take(self, generation: Generation, token: int, dtype: torch.dtype) -> Event:
+        if token < 0:
+            generation.error = SteelyardError(
+                f"request {generation.name}: the model's logits are not finite: its weights are broken, "
+                f"or overflow in {str(dtype).removeprefix('torch.')}"
+            )
+            self._schedule.remove(generation)
+            return Event(generation, None, "")
+        self.counts.generated += 1
+        generation.tokens.append(token)
+        text, stream, sampling = "", generation.stream, generation.sampling
+        if self._stops(token, sampling):
+            generation.finish = "stop"
+        elif stream is not None:
+            text = stream.push(token)
+            if stream.stopped:
+                generation.finish = "stop"
+        if generation.finish is None and len(generation.tokens) == sampling.max_tokens:
+            generation.finish = "length"
+        if generation.finish is not None:
+            self._schedule.remove(generation)
+            if stream is not None:
+                text += stream.close(generation.finish)
+        generation.unread += text
+        return Event(generation, token, text)
+
+    def _stops(self, token: int, sampling: Sampling) -> bool:
+        return token in self.eos_ids or token in sampling.stop_tokens
+
+    def _abandon(self, error: BaseException) -> None:
+        schedule: Any = self._schedule
+        for generation in [*schedule.waiting, *(part.reader for part in schedule.reading), *schedule.running]:
+            generation.error = SteelyardError(f"request {generation.name}: given up: {error}")
+        schedule.clear()
+        self._batch = None

@@ -1,4 +1,4 @@
-"""Drawing the next token: noise that depends on (seed, position) alone, filters in float32, greedy.
+"""Drawing the next token: penalties, filters in float32, noise that depends on (seed, position) alone, or greedy.
 
 The noise is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a counter-based
 generator: no state, so a row draws the same whatever its neighbours, and a replay may start anywhere.
@@ -14,6 +14,7 @@ log-sum-exp(block) + noise, then a token in it by logit + noise: 448 numbers a r
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ from steelyard.inference.endpoint import Sampling
 
 BLOCK = 256
 FAINT = -80.0  # no noise lifts a token so far down; exp of less is denormal, which processors compute very slowly
+MAX_LOGPROBS = 20  # OpenAI's limit
 LEADING = 64  # how many leading logits are looked at before a row's nucleus is sorted for in full
 
 
@@ -61,16 +63,66 @@ def gumbel(seeds: Sequence[int], positions: Sequence[int], count: int) -> Tensor
 
 def check_sampling(sampling: Sampling, name: str) -> None:
     """Raise SteelyardError, naming the request, for settings that mean nothing."""
+    finite = float("inf")
     faults = {
-        "temperature must be 0 (greedy) or more, and finite": not 0 <= sampling.temperature < float("inf"),
+        "temperature must be 0 (greedy) or more, and finite": not 0 <= sampling.temperature < finite,
         "top_p must be over 0 and at most 1": not 0 < sampling.top_p <= 1,
         "top_k must be 0 (off) or more": sampling.top_k < 0,
+        "min_p must be from 0 (off) to 1": not 0 <= sampling.min_p <= 1,
+        "repetition_penalty must be over 0 (1 is off), and finite": not 0 < sampling.repetition_penalty < finite,
+        "presence_penalty must be from -2 to 2 (0 is off)": not -2 <= sampling.presence_penalty <= 2,
+        "frequency_penalty must be from -2 to 2 (0 is off)": not -2 <= sampling.frequency_penalty <= 2,
         "max_tokens must be at least 1": sampling.max_tokens < 1,
         "an empty stop string would stop everything": "" in sampling.stop,
+        "a stop token must be a token id, from 0 up": any(token < 0 for token in sampling.stop_tokens),
+        f"logprobs must be from 0 to {MAX_LOGPROBS}, or None": not 0 <= (sampling.logprobs or 0) <= MAX_LOGPROBS,
     }
     for fault, present in faults.items():
         if present:
             raise SteelyardError(f"request {name}: {fault}: {sampling}")
+
+
+def penalise(
+    logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Tensor:
+    """Logits [B, V] with each row's penalties applied, in float32; `logits` itself where no row has any.
+
+    `histories` are each row's tokens: of the prompt, and generated. The formulas are of transformers'
+    RepetitionPenaltyLogitsProcessor (over both) and of OpenAI's API (over the generated ones).
+    """
+    rows = [i for i, sampling in enumerate(samplings) if penalises(sampling)]
+    if not rows:
+        return logits
+    penalised = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    for i in rows:
+        sampling, row, (prompt, generated) = samplings[i], penalised[i], histories[i]
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*prompt, *generated}), device=row.device)
+            old = row[seen]
+            row[seen] = torch.where(old < 0, old * sampling.repetition_penalty, old / sampling.repetition_penalty)
+        if (sampling.presence_penalty or sampling.frequency_penalty) and generated:
+            counts = Counter(generated)
+            repeats = torch.tensor(list(counts.values()), dtype=torch.float32, device=row.device)
+            less = repeats * sampling.frequency_penalty + sampling.presence_penalty
+            row[torch.tensor(list(counts), device=row.device)] -= less
+    return penalised
+
+
+def penalises(sampling: Sampling) -> bool:
+    """Whether any penalty is on."""
+    return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+
+
+def log_probabilities(
+    logits: Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """For each row of logits [B, V]: the log-probability of its token, and the `counts[i]` likeliest tokens with
+    theirs, best first (natural logarithms, float32)."""
+    logs = logits.float().log_softmax(-1)
+    own = logs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    best = logs.topk(min(max(counts), logs.shape[1]), -1)
+    values, ids = best.values.tolist(), best.indices.tolist()
+    return [(own[i], list(zip(ids[i][:count], values[i][:count], strict=True))) for i, count in enumerate(counts)]
 
 
 def choose(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -180,11 +232,23 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[int], p
 
 
 def _thresholds(scaled: Tensor, weights: Tensor, samplings: Sequence[Sampling]) -> Tensor | None:
-    """The lowest scaled logit each row keeps under top-k, then top-p: float32 [B]; None where nothing is filtered.
+    """The lowest scaled logit each row keeps under top-k, then top-p, and min-p: float32 [B]; None without filters.
 
     `weights` are `_weights(scaled)`. Top-p keeps the fewest leading tokens whose probability, among those top-k kept,
-    reaches `top_p`. Tokens that tie with the last one kept stay: a threshold does not depend on a sort's order.
+    reaches `top_p`. Tokens that tie with the last one kept stay: a threshold does not depend on a sort's order. Min-p
+    keeps what has at least `min_p` of the likeliest token's probability (Nguyen et al., "Turning up the heat", 2024).
     """
+    leading = _leading_thresholds(scaled, weights, samplings)
+    if not any(sampling.min_p for sampling in samplings):
+        return leading
+    floor = torch.tensor(
+        [math.log(sampling.min_p) if sampling.min_p else -math.inf for sampling in samplings], device=scaled.device
+    )
+    return floor if leading is None else torch.maximum(leading, floor)
+
+
+def _leading_thresholds(scaled: Tensor, weights: Tensor, samplings: Sequence[Sampling]) -> Tensor | None:
+    """`_thresholds` of top-k and top-p."""
     vocab = scaled.shape[1]
     top_k = [sampling.top_k if 0 < sampling.top_k < vocab else vocab for sampling in samplings]
     # over 1 where off: a sum rounded to just 1 must not cut the tail
@@ -214,7 +278,7 @@ def _thresholds(scaled: Tensor, weights: Tensor, samplings: Sequence[Sampling]) 
 
 
 def _threshold(scaled: Tensor, total: float, k: int, p: float) -> Tensor:
-    """`_thresholds` of one row [V] whose kept tokens are more than LEADING."""
+    """`_leading_thresholds` of one row [V] whose kept tokens are more than LEADING."""
     vocab = len(scaled)
     if k < vocab:
         kept = scaled.topk(k).values
