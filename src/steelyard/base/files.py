@@ -42,6 +42,29 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file's path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+
+    For files too large to hold (else `write_atomic`). Raises SteelyardError where `path` exists already.
+    """
+    if path.exists() or path.is_symlink():
+        raise SteelyardError(f"{path} exists already: remove it or choose another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.rename(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
 

@@ -1,4 +1,4 @@
-"""`steelyard model`: bring a model in, and name it."""
+"""`steelyard model`: bring a model in, name it, and write it out for llama.cpp."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from steelyard.base.errors import UsageError
 from steelyard.cli.options import WORKSPACE, AsJSON, Workspace
 from steelyard.cli.output import print_json, print_table
 
-app = typer.Typer(no_args_is_help=True, help="Import a model and show its subject digest.", rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True, help="Import a model, show its subject digest, export it.", rich_markup_mode=None
+)
 
 
 @app.command("import")
@@ -41,6 +43,28 @@ def import_(
         print_json({"folder": str(out), "subject": subject.digest, **subject.model_dump(mode="json")})
     else:
         print(f"{out}\nsubject {subject.digest}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    gguf: Annotated[str, typer.Option(help="Kind of the weights: F16, BF16 or Q8_0.")],
+    out: Annotated[Path, typer.Option(help="The GGUF file to write; must not exist.")],
+    as_json: AsJSON = False,
+) -> None:
+    """Write the model as one GGUF file for llama.cpp, or say what in it a GGUF cannot hold."""
+    from steelyard.base.canonical import sha256_file
+    from steelyard.base.progress import default_progress
+    from steelyard.model.gguf_export import export_gguf
+
+    found = export_gguf(folder, out, gguf.upper(), progress=default_progress(as_json=as_json))
+    digest = sha256_file(out)
+    if as_json:
+        facts = {"bytes": found.bytes, "values": found.values, "rounded": found.rounded, "sha256": digest}
+        print_json({"file": str(out), "gguf": found.kind} | facts)
+        return
+    note = "" if found.rounded is None else f", {found.rounded:,} of {found.values:,} values rounded"
+    print(f"{out}\n{found.kind}, {found.bytes:,} bytes{note}\nsha256 {digest}")
 
 
 @app.command()

@@ -38,7 +38,8 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ROPE_FREQS = "rope_freqs.weight"
+_ATTENTION, _MLP = ("attn_q", "attn_k", "attn_v", "attn_output"), ("ffn_gate", "ffn_up", "ffn_down")
+ROPE_FREQS = "rope_freqs.weight"
 _EMBEDDING, _HEAD, _NORM = "token_embd.weight", "output.weight", "output_norm.weight"
 # The keys of `llama.*` that are read below, or that say nothing about the computation when they have this value.
 _READ = frozenset(
@@ -50,6 +51,9 @@ _READ = frozenset(
     )
 )
 _HARMLESS: Mapping[str, Any] = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
+# Of `general.sampling` -> generation_config.json, and what transformers takes where that is silent (and samples).
+SAMPLING_KEYS = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k"}
+SAMPLING_DEFAULTS: Mapping[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # Llama 3's RoPE scaling as Meta published it; files keep only the factors that follow from it.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
@@ -59,11 +63,12 @@ def import_gguf(
 ) -> None:
     """Write `out`: bfloat16 safetensors, config.json, the tokenizer's files, chat template, generation_config.json.
 
-    `generation` holds settings that the GGUF can't (do_sample, temperature, top_p, top_k). Raises FormatError for
-    whatever is not understood, UsageError for unknown generation settings.
+    `generation` holds settings that the GGUF may lack (do_sample, temperature, top_p, top_k); they win over its own.
+    Raises FormatError for whatever is not understood, UsageError for unknown generation settings.
     """
     settings = check_generation(generation or {})
     header = scan_gguf(path)
+    settings = settings or _stored_sampling(header)
     if header.metadata.get("general.architecture") != "llama":
         _refuse(header, f"general.architecture is {quote(header.metadata.get('general.architecture'))}; llama is read")
     if header.metadata.get("split.count", 0) not in (0, 1):
@@ -96,6 +101,20 @@ def check_generation(settings: Mapping[str, Any]) -> dict[str, Any]:
         if not rules[key][1](value):
             raise UsageError(f"generation.{key}: is {quote(value)}, must be {rules[key][0]}")
     return dict(settings)
+
+
+def _stored_sampling(header: GGUFHeader) -> dict[str, Any]:
+    """The settings under `general.sampling` as generation_config.json says them; what transformers does anyway is left
+    out. None at all, or a temperature of 0: greedy."""
+    found = {name: header.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING_KEYS.items()}
+    found = {key: float(str(np.float32(v))) if type(v) is float else v for key, v in found.items() if v is not None}
+    if not found or found.get("temperature") == 0:
+        return {}
+    try:
+        settings = check_generation({"do_sample": True} | found)
+    except UsageError as error:
+        _refuse(header, f"general.sampling: {error}", "convert the model again")
+    return {key: value for key, value in settings.items() if SAMPLING_DEFAULTS.get(key) != value}
 
 
 def _number(value: Any) -> bool:
@@ -161,8 +180,8 @@ def _config(header: GGUFHeader) -> dict[str, Any]:
         "rope_scaling": _rope_scaling(header, theta, head_dim),
         "tie_word_embeddings": _HEAD not in header.tensors,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
         "torch_dtype": "bfloat16",
     }
 
@@ -172,9 +191,9 @@ def _rope_scaling(header: GGUFHeader, theta: float, head_dim: int) -> dict[str, 
     linear = "llama.rope.scale_linear" in header.metadata  # what files of 2023 say
     if kind not in ("none", "linear"):
         _refuse(header, f"llama.rope.scaling.type is {quote(kind)}; none, linear and llama3 are read")
-    if _ROPE_FREQS in header.tensors:
+    if ROPE_FREQS in header.tensors:
         if kind == "linear" or linear:
-            _refuse(header, f"has both linear RoPE scaling and {_ROPE_FREQS}")
+            _refuse(header, f"has both linear RoPE scaling and {ROPE_FREQS}")
         return _llama3_scaling(header, theta, head_dim)
     if kind == "linear" or linear:
         factor = _real(header, "rope.scaling.factor" if kind == "linear" else "rope.scale_linear")
@@ -188,20 +207,20 @@ def _llama3_scaling(header: GGUFHeader, theta: float, head_dim: int) -> dict[str
     Llama 3.1 (Meta, 2024): wavelengths over context / low are stretched by the factor, those under context / high are
     kept, those between are interpolated. Anything else raises FormatError.
     """
-    tensor = header.tensors[_ROPE_FREQS]
+    tensor = header.tensors[ROPE_FREQS]
     if tensor.kind != "F32" or tensor.shape != (head_dim // 2,):
-        _refuse(header, f"{_ROPE_FREQS} must be {head_dim // 2} float32 numbers")
+        _refuse(header, f"{ROPE_FREQS} must be {head_dim // 2} float32 numbers")
     found = _raw(header, tensor).view("<f4").astype(np.float64)
     factor = float(str(found.max().astype(np.float32)))
     if not np.isfinite(found).all() or factor < 1:
-        _refuse(header, f"{_ROPE_FREQS} holds an impossible divisor")
+        _refuse(header, f"{ROPE_FREQS} holds an impossible divisor")
     if factor == 1 and found.min() == 1:
         return None
     wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = (_LLAMA3_CONTEXT / wavelength - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW)
     expected = 1 / ((1 - smooth.clip(0, 1)) / factor + smooth.clip(0, 1))
     if not np.allclose(found, expected, rtol=1e-4):
-        _refuse(header, f"{_ROPE_FREQS} is not Llama 3's scaling (low 1, high 4, context 8192)")
+        _refuse(header, f"{ROPE_FREQS} is not Llama 3's scaling (low 1, high 4, context 8192)")
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -218,8 +237,8 @@ def _raw(header: GGUFHeader, tensor: GGUFTensorInfo) -> Array:
     return np.fromfile(header.path, dtype=np.uint8, count=tensor.end - tensor.start, offset=tensor.start)
 
 
-def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """GGUF name -> shape of every tensor that this configuration has."""
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """GGUF name -> shape of every tensor that this configuration (keys of config.json, all present) has."""
     width, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
@@ -239,12 +258,15 @@ def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[_HEAD] = (vocab, width)
     for number in range(config["num_hidden_layers"]):
         shapes |= {f"blk.{number}.{name}.weight": shape for name, shape in layer.items()}
+        biased = (_ATTENTION if config["attention_bias"] else ()) + (_MLP if config["mlp_bias"] else ())
+        shapes |= {f"blk.{number}.{name}.bias": layer[name][:1] for name in biased}
     return shapes
 
 
-def _hf_name(name: str) -> str:
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
-        return f"model.layers.{match.group(1)}.{_LAYER[match.group(2)]}.weight"
+def hugging_face_name(name: str) -> str:
+    """Hugging Face's name of a GGUF tensor that `tensor_shapes` lists."""
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        return f"model.layers.{match.group(1)}.{_LAYER[match.group(2)]}.{match.group(3)}"
     return {_EMBEDDING: "model.embed_tokens.weight", _HEAD: "lm_head.weight", _NORM: "model.norm.weight"}[name]
 
 
@@ -253,9 +275,9 @@ def _tensors(header: GGUFHeader, config: Mapping[str, Any], progress: Progress) 
 
     if config["num_hidden_layers"] > len(header.tensors):
         _refuse(header, f"claims {config['num_hidden_layers']:,} layers but has {len(header.tensors):,} tensors")
-    shapes = _expected_shapes(config)
+    shapes = tensor_shapes(config)
     for name in header.tensors:
-        if name not in shapes and name != _ROPE_FREQS:
+        if name not in shapes and name != ROPE_FREQS:
             _refuse(header, f"has the tensor {quote(name)}, which is not understood")
     for name, shape in shapes.items():
         if name not in header.tensors:
@@ -271,7 +293,7 @@ def _tensors(header: GGUFHeader, config: Mapping[str, Any], progress: Progress) 
             short = name.rsplit(".", 2)[-2]
             if short in heads:
                 values = _unpermute(values, heads[short])
-            tensors[_hf_name(name)] = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+            tensors[hugging_face_name(name)] = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
             task.advance(math.prod(shape) / 1e6)
     return tensors
 
@@ -294,5 +316,5 @@ def _unpermute(values: Array, heads: int) -> Array:
     llama.cpp rotates neighbouring pairs of a head, Hugging Face its first half against its second: row 2i + j of a head
     there is row j * half + i here.
     """
-    rows, width = values.shape
-    return values.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+    rows, *rest = values.shape  # a bias has no further dimension
+    return values.reshape(heads, rows // heads // 2, 2, *rest).swapaxes(1, 2).reshape(rows, *rest)

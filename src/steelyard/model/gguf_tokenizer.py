@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 # Token types, gguf's TokenType.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 
 # Split patterns, as the tokenizer.json of the models they are named after has them.
 _LLAMA3 = (
@@ -29,9 +29,9 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # What llama.cpp itself splits with where a converter did not know the model's own pre-tokenizer.
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
 
 
@@ -250,7 +250,7 @@ def _merges_from_scores(vocab: Mapping[str, int], kinds: list[int], scores: list
     SentencePiece merges the adjacent pair whose union has the best score; a merge table ranked by that score does the
     same. Control and byte tokens are never made by merging: text a user types can't become one.
     """
-    plain = {token for token, number in vocab.items() if kinds[number] not in (_UNKNOWN, _CONTROL, _BYTE)}
+    plain = {token for token, number in vocab.items() if kinds[number] not in (UNKNOWN, CONTROL, BYTE)}
     ranked = []
     for token in plain:
         for cut in range(1, len(token)):
@@ -265,9 +265,9 @@ def _add_tokens(
 ) -> dict[str, int]:
     """Mark the tokens that are found whole before anything else; returns the special ones by text."""
     library = _library()
-    special_ids = {number for number, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)}
+    special_ids = {number for number, kind in enumerate(kinds) if kind in (UNKNOWN, CONTROL)}
     special_ids |= {number for number in ids.values() if number is not None}
-    added = special_ids | {number for number, kind in enumerate(kinds) if kind == _USER_DEFINED}
+    added = special_ids | {number for number, kind in enumerate(kinds) if kind == USER_DEFINED}
     marked = [
         library.AddedToken(tokens[number], special=number in special_ids, normalized=False) for number in sorted(added)
     ]

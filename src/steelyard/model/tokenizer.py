@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +103,24 @@ class Tokenizer:
         """The special tokens by text."""
         added = self._parsing.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
+
+    def structure(self) -> dict[str, Any]:
+        """tokenizer.json as the library understands it, old spellings made new, without truncation and padding."""
+        found: dict[str, Any] = json.loads(self._parsing.to_str())
+        return found
+
+    def post_processed(self) -> list[int]:
+        """Ids that the post-processor puts before a text; with the text's own where it also puts some behind."""
+        plain, whole = (self._parsing.encode("a", add_special_tokens=special).ids for special in (False, True))
+        before = whole[: len(whole) - len(plain)]
+        return before if [*before, *plain] == whole else whole
+
+    def named_ids(self) -> dict[str, int]:
+        """Ids of the tokens that tokenizer_config.json names: bos_token, eos_token, unk_token and pad_token."""
+        settings = _optional(self.folder / "tokenizer_config.json")
+        keys = ("bos_token", "eos_token", "unk_token", "pad_token")
+        ids = {key: _special_id(self.folder, self._parsing, settings, key) for key in keys}
+        return {key: number for key, number in ids.items() if number is not None}
 
     def encode(self, text: str, *, bos: bool, special: bool = False) -> list[int]:
         """Token ids of `text`, after the beginning-of-sequence token where `bos`.
