@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from steelyard.base.errors import FormatError
+from steelyard.model.packed import Documents, together
 
 MAX_LAYERS = 1024  # a configuration may claim anything; no LLaMA has more than a few hundred
 
@@ -351,6 +353,34 @@ class Block(nn.Module):
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
+    def packed(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents, recompute: bool) -> Tensor:
+        """x [T, C] of whole documents; `recompute`: activations inside are computed again in the backward pass."""
+        if recompute and torch.is_grad_enabled():
+            out: Tensor = checkpoint(
+                self._packed, x, cos, sin, documents, use_reentrant=False, preserve_rng_state=False
+            )
+            return out
+        return self._packed(x, cos, sin, documents)
+
+    def _packed(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        # Two parts with attention between: they do not depend on the documents, so that they can be compiled.
+        q, k, v = self.before_attention(x, cos, sin)
+        return self.after_attention(x, documents.attend(q, k, v))
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, C] to rotated q [T, H, D] and k [T, K, D], and v [T, K, D]; cos and sin float32 [T, 1, D]."""
+        attention, dtype = self.self_attn, x.dtype
+        q, k, v = together(self.input_layernorm(x), attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in (q, k, v))
+        return rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype), v
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The stream x [T, C] plus attention's output [T, H, D], then plus the MLP's."""
+        x = x + self.self_attn.o_proj(attended.flatten(1))
+        gate, up = together(self.post_attention_layernorm(x), self.mlp.gate_proj, self.mlp.up_proj)
+        out: Tensor = x + self.mlp.down_proj(F.silu(gate) * up)
+        return out
+
 
 class Decoder(nn.Module):
     """Embedding, blocks and final norm: what checkpoints call `model.`"""
@@ -374,6 +404,7 @@ class Llama(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.activation_checkpointing = False  # `packed` then keeps only each block's input for the backward pass
         # not a buffer: `.to(bfloat16)` must leave it in float32
         self.frequencies = rope_frequencies(config, config.max_position_embeddings)
 
@@ -411,12 +442,31 @@ class Llama(nn.Module):
         """Logits [..., V] of the final stream [..., C]."""
         return F.linear(x, self.head_weight)
 
-    def packed(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+    def packed(self, tokens: Tensor, positions: Tensor, lengths: Sequence[int] | Documents) -> Tensor:
         """The final, normalised stream [T, C] of documents that lie one after another, for training.
 
         tokens, positions int64 [T]; `lengths` of the documents sum to T. Attention never crosses a document.
         """
-        raise NotImplementedError
+        documents = lengths if isinstance(lengths, Documents) else Documents(lengths, tokens.device)
+        if len(tokens) != sum(documents.lengths):
+            raise ValueError(f"{len(tokens)} tokens, but documents of {sum(documents.lengths)} together")
+        x: Tensor = self.model.embed_tokens(tokens)
+        cos, sin = self._packed_rotary(positions, documents.lengths)
+        for layer in self.model.layers:
+            assert isinstance(layer, Block)
+            x = layer.packed(x, cos, sin, documents, self.activation_checkpointing)
+        out: Tensor = self.model.norm(x)
+        return out
+
+    def _packed_rotary(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines float32 [T, 1, D]; `dynamic` scaling goes by each document's own length."""
+        config, frequencies = self.config, self.frequencies
+        if config.rope.type == "dynamic" and max(lengths) > config.max_position_embeddings:
+            rows = [rope_frequencies(config, n).expand(n, -1) for n in lengths]
+            frequencies = torch.cat(rows)  # [T, D / 2]
+        angles = positions[:, None].float() * frequencies.to(positions.device)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos(), angles.sin()
 
     def prefill(self, tokens: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         """Read right-padded prompts [B, T] of `lengths` [B] into the empty rows of `cache`.

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steelyard.model.llama import Llama
@@ -59,10 +61,43 @@ class CrossEntropy:
         return len(batch.tokens)
 
 
-def chunked_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """Sum of the cross-entropies of `targets` int64 [T] (IGNORE is left out) under softmax(hidden @ head_weight.T).
 
     hidden [T, C] and head_weight [V, C] share a dtype; softmax and sum are float32. Logits exist for `chunk` rows at a
-    time only: the gradients of both inputs are computed in the forward pass.
+    time only (None: what 32 MiB of float32 hold): the gradients of both inputs are computed in the forward pass.
     """
-    raise NotImplementedError
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head_weight, targets, chunk)
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
+        rows = chunk or max(64, 2**23 // len(weight))
+        kept = (targets != IGNORE).nonzero()[:, 0]  # rows without a target cost nothing
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        # float32 also for bfloat16 weights: it is a sum over chunks
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        for part in kept.split(rows):
+            x, y = hidden[part], targets[part][:, None]  # [n, C], [n, 1]
+            scores = F.log_softmax(x @ weight.T, dim=-1, dtype=torch.float32)  # [n, V]
+            total -= scores.gather(1, y).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            scores.exp_().scatter_add_(1, y, scores.new_full((len(y), 1), -1.0))  # d loss / d logits
+            slope = scores.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = slope @ weight
+            if grad_weight is not None:
+                grad_weight += slope.T @ x
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        scale = grads[0]
+        hidden, weight = (None if saved is None else saved * scale.to(saved.dtype) for saved in ctx.saved_tensors)
+        return hidden, weight, None, None
