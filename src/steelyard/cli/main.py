@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from steelyard.base.errors import SteelyardError
-from steelyard.cli import chat, doctor, key, ledger, model, release, run, safety, scorer
+from steelyard.cli import chat, doctor, key, ledger, measure, model, release, run, safety, scorer
 from steelyard.cli.output import one_line
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(safety.app, name="safety")
 app.add_typer(scorer.app, name="scorer")
+app.add_typer(measure.app, name="measure")
 app.add_typer(key.app, name="key")
 app.add_typer(ledger.app, name="ledger")
 
