@@ -36,7 +36,7 @@ from steelyard.train.loop import TrainOptions, TrainResult, train
 from steelyard.train.losses import LossSum
 from steelyard.train.pairs import Pair, PairBatch, PairLoader, assemble_pairs, pairs_digest, render_pairs
 from steelyard.train.sft import check_outputs
-from steelyard.train.tuning import FULL, Tuning, export_tuned, open_for_tuning
+from steelyard.train.tuning import FULL, Tuning, export_tuned, first_rank, open_for_tuning
 
 
 @dataclass(frozen=True)
@@ -252,5 +252,6 @@ def prefer(
     loader = load(range(len(pairs)), endless=True)
     check = load(range(len(pairs), len(every)), endless=False) if held_out else None
     result = train(model, loader, DPO(dpo, reference), options, work, validation=check, progress=progress)
-    export_tuned(model, model_folder, out, adapter=adapter)
+    if first_rank():
+        export_tuned(model, model_folder, out, adapter=adapter)
     return result

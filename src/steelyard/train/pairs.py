@@ -59,6 +59,11 @@ class PairBatch:
     owners: Tensor
     sample_ids: tuple[int, ...]
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of prompt and chosen answer, and of rejected answer: what the loop reckons attention's cost by."""
+        return tuple(length for p, a, b in self.shapes for length in (p + a, b))
+
     def blank(self) -> PairBatch:
         """The same tokens, counting nothing."""
         none = torch.zeros(0, dtype=torch.int64)

@@ -20,7 +20,7 @@ from steelyard.train.chat_data import ChatLoader, chat_loader
 from steelyard.train.conversations import Conversation
 from steelyard.train.loop import TrainOptions, TrainResult, train
 from steelyard.train.losses import CrossEntropy
-from steelyard.train.tuning import FULL, Tuning, export_tuned, open_for_tuning
+from steelyard.train.tuning import FULL, Tuning, export_tuned, first_rank, open_for_tuning
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,22 @@ def fine_tune(
         )
 
     loader = load(conversations, endless=True)
+    shown = Shown(loader, renderer.tokenizer.eos_ids)
     held_out = load(validation, endless=False) if validation else None
-    result = train(model, loader, CrossEntropy(), options, work, validation=held_out, progress=progress)
-    export_tuned(model, model_folder, out, adapter=adapter)
+    result = train(model, loader, CrossEntropy(), options, work, validation=held_out, chat=shown, progress=progress)
+    if first_rank():
+        export_tuned(model, model_folder, out, adapter=adapter)
     return result
+
+
+class Shown:
+    """What preflight asks of chat data (`loop.ChatCheck`), of the conversations in a loader."""
+
+    def __init__(self, loader: ChatLoader, end_of_turn: frozenset[int]) -> None:
+        self._loader, self.end_of_turn = loader, end_of_turn
+
+    def examples(self, count: int) -> list[tuple[tuple[str, bool], ...]]:
+        return [example.pieces for example in self._loader.examples(count)]
 
 
 def check_outputs(out: Path, adapter: Path | None, tuning: Tuning) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,3 +78,8 @@ def export_tuned(model: Llama, source: Path, out: Path, *, adapter: Path | None 
     names = (path.name for path in sorted(source.iterdir()) if path.is_file() and is_model_file(path.name))
     files = {name: (source / name).read_bytes() for name in names if not name.startswith(("model", "config.json"))}
     save_folder(out, read_json_object(source / "config.json"), tensors, files)
+
+
+def first_rank() -> bool:
+    """Whether this process is the one of torchrun's that writes results."""
+    return os.environ.get("RANK", "0") == "0"
