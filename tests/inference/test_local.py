@@ -94,6 +94,10 @@ def test_identity_names_what_changes_rounding(folder: Callable[[str], Path]) -> 
             "threads": 1,
             "torch": torch.__version__,
             "cpu": torch.backends.cpu.get_cpu_capability(),
+            "rows": 128,
+            "cache_bytes": (128 * 4 + 1) * endpoint.engine.page_bytes,  # all that 128 contexts of 64 tokens need
+            "prefill_tokens": 4096,
+            "kernels": endpoint.engine.kernels,
         }
     finally:
         torch.set_num_threads(before)

@@ -31,6 +31,7 @@ from steelyard.inference.scheduler import Finish, Generation, Plan, Scheduler, p
 from steelyard.inference.text import TextStream
 from steelyard.model.llama import Llama
 
+ROWS = 128  # where SmolLM2's decoding on two cores stops gaining from more
 PREFILL_TOKENS = 4096  # prompt tokens read between two writing steps: enough to fill the processor, bounded memory
 CHECK_TOKENS = 256  # positions whose logits are held at once in `check`
 
@@ -63,7 +64,7 @@ class Engine:
         eos_ids: Collection[int],
         decode: Callable[[Sequence[int]], str] | None = None,
         *,
-        rows: int = 128,
+        rows: int = ROWS,
         cache_bytes: int | None = None,
         queue: int = 1024,
         prefill_tokens: int = PREFILL_TOKENS,
@@ -76,7 +77,7 @@ class Engine:
         if rows < 1 or queue < 1 or prefill_tokens < PAGE:
             raise UsageError(f"rows and queue must be at least 1, prefill_tokens at least {PAGE}")
         self.model, self.eos_ids, self.decode, self.rows = model, frozenset(eos_ids), decode, rows
-        self.counts = Counts()
+        self.counts, self.prefill_tokens = Counts(), prefill_tokens
         weight = model.model.embed_tokens.weight
         pages = cache_pages(model.config, weight.dtype, weight.device, rows, cache_bytes)
         self.page_bytes = Executor.bytes_per_page(model.config, weight.dtype)
@@ -94,6 +95,11 @@ class Engine:
     def cache_bytes(self) -> int:
         """What the key/value cache takes."""
         return self.pages.count * self.page_bytes
+
+    @property
+    def kernels(self) -> str:
+        """What the steps are computed with."""
+        return "torch" if self.executor.kernels is None else "compiled"
 
     @property
     def idle(self) -> bool:
@@ -320,6 +326,7 @@ class Engine:
                 f"request {generation.name}: the model's logits are not finite: its weights are broken, "
                 f"or overflow in {str(dtype).removeprefix('torch.')}"
             )
+            self.executor.clear(self.pages.withdraw(generation.table))
             self._schedule.remove(generation)
             return Event(generation, None, "")
         self.counts.generated += 1

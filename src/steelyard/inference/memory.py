@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -22,12 +23,16 @@ def cache_pages(
 
     None: a quarter of the machine's memory (of the device's, or of the container's limit), at most what `rows`
     sequences of the model's whole context need. It is taken from what the machine has, not from what is free at the
-    moment, so that the same work is done by the same steps another time. Raises UsageError for under two pages.
+    moment, so that the same work is done by the same steps another time. On a CPU it is taken page by page as it is
+    used. Raises UsageError for under two pages, and for more than the machine has.
     """
     page = Executor.bytes_per_page(config, dtype)
     wanted = rows * -(-config.max_position_embeddings // PAGE) + 1
+    memory = memory_bytes(device)
     if cache_bytes is None:
-        return max(min(wanted, memory_bytes(device) // SHARE // page), 2)
+        return max(min(wanted, memory // SHARE // page), 2)
+    if cache_bytes > memory:
+        raise UsageError(f"cache_bytes {cache_bytes:,}: this {device.type} has {memory:,} bytes of memory in all")
     if cache_bytes < 2 * page:
         raise UsageError(f"cache_bytes {cache_bytes:,}: one page of {PAGE} tokens takes {page:,} bytes; give 2 or more")
     return min(wanted, cache_bytes // page)
@@ -47,9 +52,11 @@ def memory_bytes(device: torch.device) -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch says that memory ran out. On a CPU it has no exception of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "alloc" in str(error) and "memory" in str(error)
-    )
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return isinstance(error, torch.OutOfMemoryError) or ("alloc" in str(error) and "memory" in str(error))
+    return isinstance(error, MemoryError)
 
 
 def memory_error(what: str, rows: int, pages: int, page_bytes: int) -> SteelyardError:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from steelyard.base.errors import SteelyardError, UsageError, require_extra
-from steelyard.inference.endpoint import Completion, Request
+from steelyard.inference.endpoint import Completion, Logprob, Request, Sampling, TokenLogprobs
 
 try:
     import httpx
@@ -98,7 +98,10 @@ class OpenAIEndpoint:
 
         A conversation goes to `/chat/completions`, text to `/completions`. Statuses 408, 409, 429 and 5xx, failed
         connections and time-outs are tried again. Redirects are not followed, so the key goes to `base_url` alone.
+        Sampling settings that the protocol has no field for are refused before anything is sent.
         """
+        for request in requests:
+            _check_settings(request)
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -155,12 +158,13 @@ class OpenAIEndpoint:
             await asyncio.sleep(min(wait, LONGEST_WAIT_S))
         try:
             text, finish = _read_answer(answer, chat=chat)
+            logprobs = None if request.sampling.logprobs is None else _read_logprobs(answer["choices"][0], chat=chat)
         except SteelyardError as error:
             raise self._error(url, request, str(error)) from None
         stops = [text.find(stop) for stop in request.sampling.stop if stop in text]
         if stops:  # a server that sends the stop string along, or ignored it
             text, finish = text[: min(stops)], "stop"
-        return Completion(id=request.id, text=text, finish=finish, prompt_tokens=None, tokens=None)
+        return Completion(id=request.id, text=text, finish=finish, prompt_tokens=None, tokens=None, logprobs=logprobs)
 
     def _body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
@@ -180,6 +184,14 @@ class OpenAIEndpoint:
             body["stop"] = list(sampling.stop)
         if sampling.top_k > 0:  # not of OpenAI's own protocol, but of every open server's
             body["top_k"] = sampling.top_k
+        if sampling.presence_penalty:
+            body["presence_penalty"] = sampling.presence_penalty
+        if sampling.frequency_penalty:
+            body["frequency_penalty"] = sampling.frequency_penalty
+        if sampling.logprobs is not None and isinstance(request.prompt, str):
+            body["logprobs"] = sampling.logprobs
+        elif sampling.logprobs is not None:
+            body["logprobs"], body["top_logprobs"] = True, sampling.logprobs
         return body
 
     async def _post(self, client: httpx.AsyncClient, url: str, body: bytes) -> Any:
@@ -215,6 +227,44 @@ class OpenAIEndpoint:
         if self._key:
             text = text.replace(self._key, "***")  # some servers quote the key they refuse
         return SteelyardError("".join(c if c.isprintable() else " " for c in text))
+
+
+def _check_settings(request: Request) -> None:
+    """Refuse what the protocol has no field for: servers would ignore it, or each call it something else."""
+    sampling, plain = request.sampling, Sampling()
+    for name in ("min_p", "repetition_penalty", "stop_tokens"):
+        if getattr(sampling, name) != getattr(plain, name):
+            raise SteelyardError(
+                f"request {request.id!r}: {name}: the OpenAI protocol has no such setting: "
+                "leave it out, or use a local endpoint"
+            )
+
+
+def _read_logprobs(choice: dict[str, Any], *, chat: bool) -> tuple[TokenLogprobs, ...]:
+    """The log-probabilities of a choice; SteelyardError where they are not as the protocol has them."""
+    try:
+        found = choice["logprobs"]
+        if chat:
+            return tuple(
+                TokenLogprobs(
+                    _logprob(item["token"], item["logprob"]),
+                    tuple(_logprob(top["token"], top["logprob"]) for top in item["top_logprobs"]),
+                )
+                for item in found["content"]
+            )
+        tops = found.get("top_logprobs") or [None] * len(found["tokens"])
+        return tuple(
+            TokenLogprobs(_logprob(token, value), tuple(_logprob(*top) for top in (best or {}).items()))
+            for token, value, best in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise SteelyardError("the answer has no logprobs as the protocol has them, though asked for") from None
+
+
+def _logprob(text: Any, value: Any) -> Logprob:
+    if not isinstance(text, str) or isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    return Logprob(None, text, float(value))
 
 
 def _read_answer(answer: Any, *, chat: bool) -> tuple[str, Literal["stop", "length"]]:

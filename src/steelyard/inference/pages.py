@@ -82,6 +82,14 @@ class Pages:
         if key not in self._page and page not in self._key:
             self._page[key], self._key[page] = page, key
 
+    def withdraw(self, pages: Sequence[int]) -> list[int]:
+        """Those of `pages` that have one holder, and whose content is from now on unknown: it is spoilt."""
+        own = [page for page in pages if self.holders[page] == 1]
+        for page in own:
+            if page in self._key:
+                del self._page[self._key.pop(page)]
+        return own
+
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of the longest known prefix of `keys`, not yet held for the caller."""
         found = []

@@ -25,9 +25,10 @@ from steelyard.safety.run import requests_of
 # How far, in logits, rounding may move one token's choice, by the coarser dtype of the two. Measured on SmolLM2-135M,
 # greedy, 384 tokens: 4 moved, by up to 0.16, between decoding and one pass in bf16; 9, by up to 0.34, from bf16 to
 # float32. A sampled choice has three such terms (see `sampling.margins`), each divided by the temperature.
-ROUNDING = {"float32": 0.02, "float16": 0.25, "bfloat16": 1.0}
+ROUNDING = {"float32": 0.02, "float16": 0.25, "bfloat16": 1.0, "int8": 1.0}
 MOVED = 0.25  # share of an entry's tokens that rounding may move
 MAX_THREADS = 256  # more are not asked for, whatever a journal says
+MAX_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ def replay(
     Raises SteelyardError where the model cannot be loaded, MissingDependencyError without torch.
     """
     try:
+        import torch
+
+        from steelyard.inference.engine import ROWS
         from steelyard.inference.local import DTYPES, LocalEndpoint
+        from steelyard.inference.memory import memory_bytes
     except ImportError as error:
         raise require_extra(error.name or "torch", "models") from error
 
@@ -78,11 +83,14 @@ def replay(
         chosen[where[sample]].append(sample)
 
     local = plan.endpoint if plan.endpoint.get("kind") == "local" else {}
-    dtype, threads = local.get("dtype"), local.get("threads")
+    dtype, threads, rows, cache = (local.get(name) for name in ("dtype", "threads", "rows", "cache_bytes"))
     endpoint = LocalEndpoint.open(
         model,
         dtype=dtype if dtype in DTYPES else None,
         threads=threads if isinstance(threads, int) and 1 <= threads <= MAX_THREADS else None,
+        rows=rows if isinstance(rows, int) and 1 <= rows <= MAX_ROWS else ROWS,
+        # which only matters where it did not suffice for a whole batch
+        cache_bytes=cache if isinstance(cache, int) and 2**20 <= cache <= memory_bytes(torch.device("cpu")) else None,
     )
     here = endpoint.identity()
     changed = sorted(name for name in here.keys() | plan.endpoint.keys() if here.get(name) != plan.endpoint.get(name))
