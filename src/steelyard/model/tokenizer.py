@@ -136,6 +136,10 @@ class Tokenizer:
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens written in it as ordinary characters; on every core."""
+        return [found.ids for found in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of token ids. Ids past the vocabulary (padding rows of the embedding) have no text."""
         text: str = self._parsing.decode(list(ids), skip_special_tokens=skip_special)
