@@ -10,6 +10,7 @@ HALF = "\ufffd"  # what bytes that are no whole character decode to
 
 class TextStream:
     """Turns tokens into text as they come. All pieces together are the text of the whole, cut before a stop string.
+    (Except that SentencePiece decoders turn characters made of byte tokens back into U+FFFD when a broken one follows.)
 
     Only a window of the last few tokens is decoded each time. It begins where a character does, and with tokens whose
     text is out already: decoders treat the first token of a text otherwise (they drop its leading space).
