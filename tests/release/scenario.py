@@ -241,7 +241,7 @@ def policy_dict(*, maximum: float = 0.6, **changes: Any) -> dict[str, Any]:
         "max_identical_samples": 0.9,
         "max_attempts": 20,
         "scorers": {"toxicity": [], "refusal": []},
-        "predecessor": {"first_release": "allowed", "margin": 0.4},
+        "predecessor": {"first_release": "allowed"},
         "keys": {"throwaway": "allowed", "distinct": False, "countersigned": False},
     }
     return base | changes
@@ -322,24 +322,29 @@ class Chain:
         model: Path | None = None,
         scorers: Mapping[str, Any] | None = None,
         endpoint: Any = None,
+        predecessor: Path | None = None,
+        its_endpoint: Any = None,
     ) -> Path:
-        """Run the battery on the model; gives the run folder. `endpoint` answers in the model's place."""
+        """Run the battery on the model, beside `predecessor`; gives the run folder. `endpoint` answers in the model's
+        place, `its_endpoint` in the predecessor's."""
         from steelyard.inference.local import LocalEndpoint
         from steelyard.model.identity import subject_of
-        from steelyard.safety.run import run_battery, shipped_sampling
+        from steelyard.safety.run import Job, Tested, run_battery
+        from steelyard.safety.shipped import shipped_sampling
+
+        def tested(folder: Path, answering: Any) -> Tested:
+            return Tested(answering or LocalEndpoint.open(folder), subject_of(folder), shipped_sampling(folder))
 
         model, run = model or self.model, run or self.run
+        job = Job(
+            candidate=tested(model, endpoint),
+            predecessor=None if predecessor is None else tested(predecessor, its_endpoint),
+            battery=self.battery,
+            policies=list(self.policies),
+            scorers=dict(scorers or {"toxicity": toxicity(), "refusal": refusal()}),
+        )
         with self.ledger() as ledger:
-            run_battery(
-                endpoint=endpoint or LocalEndpoint.open(model),
-                subject=subject_of(model),
-                battery=self.battery,
-                policies=list(self.policies),
-                scorers=dict(scorers or {"toxicity": toxicity(), "refusal": refusal()}),
-                out=run,
-                ledger=ledger,
-                shipped=shipped_sampling(model),
-            )
+            run_battery(job, out=run, ledger=ledger)
         return run
 
     def decide(self, **changes: Any) -> Any:
@@ -372,8 +377,7 @@ class Chain:
                 "key": show_key(self.keys, "me"),
                 "out": out or self.root / "releases" / "tiny",
             }
-            path: Path = write_bundle(**(arguments | changes))
-            return path
+            return write_bundle(**(arguments | changes)).bundle
 
     def verify(self, bundle: Path, **changes: Any) -> Any:
         """What a stranger with our public key and policy file sees."""

@@ -20,7 +20,8 @@ from steelyard.release.keys import load_signer, new_key
 from steelyard.release.verify import verify_bundle
 from steelyard.safety.battery import Battery, load_battery
 from steelyard.safety.policy import Policy, load_policy
-from steelyard.safety.run import run_battery, shipped_sampling
+from steelyard.safety.run import Job, Tested, run_battery
+from steelyard.safety.shipped import shipped_sampling
 from steelyard.scorers.registry import open_scorer
 
 pytestmark = pytest.mark.slow
@@ -54,16 +55,13 @@ def released(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     policy_file.write_text(yaml.safe_dump(policy.model_dump(mode="json")))
     card = new_key(place / "keys", "tester", PASSPHRASE)
     with Ledger(place / "ledger.sqlite") as ledger:
-        run_battery(
-            endpoint=LocalEndpoint.open(smollm2),
-            subject=subject_of(smollm2),
+        job = Job(
+            candidate=Tested(LocalEndpoint.open(smollm2), subject_of(smollm2), shipped_sampling(smollm2)),
             battery=battery,
             policies=[policy],
             scorers={name: open_scorer(reference) for name, reference in battery.scorers.items()},
-            out=place / "run",
-            ledger=ledger,
-            shipped=shipped_sampling(smollm2),
         )
+        run_battery(job, out=place / "run", ledger=ledger)
         write_bundle(
             run=place / "run",
             model=smollm2,

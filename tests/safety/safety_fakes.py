@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from steelyard.inference.endpoint import Completion, Request
+from steelyard.inference.endpoint import Completion, Request, Sampling
 from steelyard.model.identity import Subject
 from steelyard.safety.battery import Battery, Decoding, Probe, ProbeSet
 from steelyard.safety.policy import REQUIRED_METRICS, Criterion, KeyRules, Policy, Predecessor
+from steelyard.safety.run import Job, Tested
 from steelyard.scorers.base import Calibration, Canary, Item, Score, ScoreError, ScorerIdentity
 
 HEX = "0123456789abcdef" * 4
@@ -124,8 +125,10 @@ def battery(families: int = 6, *, batch_size: int = 4, seed: int = 7, groups: Se
     )
 
 
-def policy(name: str = "lenient", limit: float = 0.9, **limits: float) -> Policy:
-    """Every required metric under `limit`, some under their own (`refusal_benign=0.1`)."""
+def policy(
+    name: str = "lenient", limit: float = 0.9, margins: dict[str, float] | None = None, **limits: float
+) -> Policy:
+    """Every required metric under `limit`, some under their own (`refusal_benign=0.1`); `margins`: non-inferior."""
     return Policy(
         name=name,
         version=1,
@@ -135,9 +138,21 @@ def policy(name: str = "lenient", limit: float = 0.9, **limits: float) -> Policy
         max_identical_samples=0.5,
         max_attempts=5,
         scorers={},
-        predecessor=Predecessor(first_release="allowed", margin=0.1),
+        predecessor=Predecessor(first_release="allowed", non_inferior=margins or {}),
         keys=KeyRules(throwaway="allowed", distinct=False, countersigned=False),
     )
+
+
+def job(**changes: Any) -> Job:
+    """A job on `FakeEndpoint`. `endpoint`, `subject` and `shipped` are the candidate's; `predecessor` is an endpoint
+    with another subject."""
+    mine = {"endpoint": FakeEndpoint(), "subject": subject(), "shipped": Sampling()}
+    candidate = Tested(**{name: changes.pop(name, value) for name, value in mine.items()})
+    before = changes.pop("predecessor", None)
+    if before is not None and not isinstance(before, Tested):
+        before = Tested(before, subject("1" * 64), Sampling())
+    parts: dict[str, Any] = {"battery": battery(), "policies": [policy()], "scorers": SCORERS, "predecessor": before}
+    return Job(candidate=candidate, **(parts | changes))
 
 
 def polite(request: Request) -> str:

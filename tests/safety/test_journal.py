@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safety_fakes import SCORERS, FakeEndpoint, WordScorer, battery, policy, subject
+from safety_fakes import SCORERS, FakeEndpoint, WordScorer, battery, job, policy
 
 from steelyard.base.canonical import canonical_json, merkle_root
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.inference.endpoint import Sampling
 from steelyard.ledger.ledger import Ledger
 from steelyard.safety import journal as module
 from steelyard.safety.journal import (
@@ -34,17 +33,8 @@ BATTERY = battery()
 
 
 def run(folder: Path, **changes: Any) -> Path:
-    parts: dict[str, Any] = {
-        "endpoint": FakeEndpoint(),
-        "subject": subject(),
-        "battery": BATTERY,
-        "policies": [policy()],
-        "scorers": SCORERS,
-        "out": folder / "run",
-        "shipped": Sampling(),
-    }
     with Ledger(folder / "ledger.sqlite") as ledger:
-        run_battery(ledger=ledger, **(parts | changes))
+        run_battery(job(**({"battery": BATTERY} | changes)), out=folder / "run", ledger=ledger)
     return folder / "run" / "journal.jsonl"
 
 

@@ -29,25 +29,26 @@ from steelyard.ledger.ledger import Ledger
 from steelyard.model.identity import subject_of
 from steelyard.safety.battery import load_battery
 from steelyard.safety.policy import load_policy
-from steelyard.safety.run import run_battery, shipped_sampling
+from steelyard.safety.run import Job, Tested, run_battery
+from steelyard.safety.shipped import shipped_sampling
 from steelyard.scorers.registry import open_scorer
 
 model, place = Path(sys.argv[1]), Path(sys.argv[2])
 battery = load_battery(str(place / "battery.json"))
-parts = {
-    "endpoint": LocalEndpoint.open(model, dtype="bfloat16", threads=1),
-    "subject": subject_of(model),
-    "battery": battery,
-    "policies": [load_policy("preview")],
-    "scorers": {name: open_scorer(reference) for name, reference in battery.scorers.items()},
-    "shipped": shipped_sampling(model),
-}
+job = Job(
+    candidate=Tested(
+        LocalEndpoint.open(model, dtype="bfloat16", threads=1), subject_of(model), shipped_sampling(model)
+    ),
+    battery=battery,
+    policies=[load_policy("preview")],
+    scorers={name: open_scorer(reference) for name, reference in battery.scorers.items()},
+)
 # The model is loaded once; every run is a process of its own, forked from this one, whose id the test is told.
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
         with Ledger(place / "ledger.sqlite") as ledger:
-            run_battery(**parts, out=place / line.strip(), ledger=ledger)
+            run_battery(job, out=place / line.strip(), ledger=ledger)
         os._exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safety_fakes import SCORERS, FakeEndpoint, battery, policy, polite, subject
+from safety_fakes import FakeEndpoint, battery, job, polite
 
-from steelyard.inference.endpoint import Request, Sampling
+from steelyard.inference.endpoint import Request
 from steelyard.ledger.ledger import Ledger
 from steelyard.safety.journal import Journal, ScoreLine, read_journal
 from steelyard.safety.metrics import answers, calibration_of, is_empty, observe, words
@@ -19,16 +19,7 @@ BATTERY = battery()
 
 def journal(folder: Path, say: Any) -> Journal:
     with Ledger(folder / "ledger.sqlite") as ledger:
-        run_battery(
-            endpoint=FakeEndpoint(say),
-            subject=subject(),
-            battery=BATTERY,
-            policies=[policy()],
-            scorers=SCORERS,
-            out=folder / "run",
-            ledger=ledger,
-            shipped=Sampling(),
-        )
+        run_battery(job(endpoint=FakeEndpoint(say), battery=BATTERY), out=folder / "run", ledger=ledger)
     return read_journal(folder / "run" / "journal.jsonl")
 
 

@@ -25,7 +25,10 @@ def test_public_is_nowhere_laxer_than_preview() -> None:
     assert public.keys.throwaway == "refused"
     assert public.keys.distinct
     assert public.max_attempts < preview.max_attempts
-    assert public.predecessor.margin < preview.predecessor.margin
+    margins = preview.predecessor.non_inferior
+    assert public.predecessor.non_inferior.keys() == margins.keys()
+    assert all(margin < margins[name] for name, margin in public.predecessor.non_inferior.items())
+    assert public.predecessor.first_release == "reference"
 
 
 def test_declaring_other_errors_changes_the_pin() -> None:

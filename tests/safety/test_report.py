@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safety_fakes import SCORERS, FakeEndpoint, WordScorer, battery, calibration, policy, polite, subject
+from safety_fakes import SCORERS, FakeEndpoint, WordScorer, battery, calibration, job, policy, polite
 
-from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.inference.endpoint import Request, Sampling
+from steelyard.base.errors import FormatError
+from steelyard.inference.endpoint import Request
 from steelyard.ledger.ledger import Ledger
+from steelyard.safety.criteria import Measurement, explain, judge
 from steelyard.safety.html import render_html, render_markdown
 from steelyard.safety.policy import Criterion
 from steelyard.safety.report import (
-    Measurement,
     Report,
-    compare_with_predecessor,
     compute_report,
-    explain,
-    judge,
     load_report,
     read_run,
     write_report,
@@ -46,15 +43,11 @@ def run(folder: Path, say: Any = polite, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Any] = {
         "endpoint": FakeEndpoint(say),
-        "subject": subject(),
         "battery": BATTERY,
         "policies": [policy(), policy("strict", limit=0.03)],
-        "scorers": SCORERS,
-        "out": folder / "run",
-        "shipped": Sampling(),
     }
     with Ledger(folder / "ledger.sqlite") as ledger:
-        run_battery(ledger=ledger, **(parts | changes))
+        run_battery(job(**(parts | changes)), out=folder / "run", ledger=ledger)
     return folder / "run"
 
 
@@ -172,7 +165,7 @@ def test_long_examples_are_cut(tmp_path: Path) -> None:
 
 
 def test_a_policy_that_was_not_committed_is_a_finding(good_run: Path) -> None:
-    journal, its_battery, _ = read_run(good_run)
+    journal, its_battery, _, _ = read_run(good_run)
     report = compute_report(journal, its_battery, [policy(limit=0.95)])
     assert [finding.code for finding in report.findings] == ["policy"]
     assert report.policies[0].status == "INCOMPLETE"
@@ -201,29 +194,6 @@ def test_a_single_family_is_a_problem_not_a_number(tmp_path: Path) -> None:
         assert one.upper is None
         assert one.problem is not None
     assert report.policies[0].status == "INCOMPLETE"
-
-
-def test_the_predecessor_is_compared_pair_by_pair(good_run: Path, bad_run: Path, tmp_path: Path) -> None:
-    good, its_battery, _ = read_run(good_run)
-    worse, _, _ = read_run(bad_run)
-    found = {one.metric: one for one in compare_with_predecessor(worse, good, its_battery)}
-    assert "refusal.group_gap" not in found
-    truth, harm = found["truth.incorrect"], found["harm.compliance"]
-    assert (truth.raw, truth.detail) == (1, {"worse": 40, "better": 0})
-    assert truth.lower is not None
-    assert truth.lower > 0.5
-    assert harm.raw == 0
-    assert harm.upper is not None
-    assert 0 < harm.upper < 0.15
-    back = {one.metric: one for one in compare_with_predecessor(good, worse, its_battery)}
-    assert back["truth.incorrect"].detail == {"worse": 0, "better": 40}
-    assert back["truth.incorrect"].upper is not None
-    assert back["truth.incorrect"].upper < 0
-    with pytest.raises(SteelyardError, match="another battery"):
-        compare_with_predecessor(good, worse, battery())
-    weak = read_run(run(tmp_path, scorers=SCORERS | {"refusal": WeakScorer("refusal", "sorry")}))[0]
-    with pytest.raises(SteelyardError, match="different scorers"):
-        compare_with_predecessor(good, weak, its_battery)
 
 
 def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
@@ -324,5 +294,5 @@ def test_a_hostile_endpoint_name_stays_text(tmp_path: Path) -> None:
 
 def test_report_json_is_plain_json(bad_run: Path) -> None:
     value = json.loads((bad_run / "report.json").read_bytes())
-    assert value["format"] == 1
+    assert value["format"] == 2
     assert value["measurements"][0]["metric"] == "toxicity.degeneration"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safety_fakes import HEX, SCORERS, FakeEndpoint, WordScorer, battery, policy, polite, subject
+from safety_fakes import HEX, SCORERS, FakeEndpoint, WordScorer, battery, job, policy, polite, subject
 
 from steelyard.base.canonical import canonical_json
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
@@ -18,7 +18,8 @@ from steelyard.safety.battery import battery_from_json
 from steelyard.safety.journal import Generated, JournalWriter, Scored, check_journal, read_journal, sample_seed
 from steelyard.safety.policy import load_policy
 from steelyard.safety.report import Report, compute_report, load_report, report_json
-from steelyard.safety.run import GENERATION, plan_batches, requests_of, run_battery, shipped_sampling
+from steelyard.safety.run import plan_batches, requests_of, run_battery
+from steelyard.safety.shipped import GENERATION, shipped_sampling
 from steelyard.scorers.base import Item, Score, ScoreError
 
 BATTERY = battery()
@@ -30,17 +31,10 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
 
         def run(**changes: Any) -> Report:
-            parts: dict[str, Any] = {
-                "endpoint": FakeEndpoint(),
-                "subject": subject(),
-                "battery": BATTERY,
-                "policies": [policy()],
-                "scorers": SCORERS,
-                "out": tmp_path / "run",
-                "ledger": ledger,
-                "shipped": Sampling(),
+            place = {"out": tmp_path / "run", "ledger": ledger} | {
+                name: changes.pop(name) for name in ("out", "ledger") if name in changes
             }
-            return run_battery(**(parts | changes))
+            return run_battery(job(**({"battery": BATTERY} | changes)), **place)
 
         run.ledger = ledger  # type: ignore[attr-defined]
         yield run
@@ -86,7 +80,8 @@ def test_the_ledger_knows_before_the_first_generation_and_after_the_last(tmp_pat
     assert committed.payload["battery"] == BATTERY.digest
     assert committed.payload["policies"] == {"lenient": policy().digest}
     assert committed.payload["subject"] == subject().digest
-    assert set(committed.payload) == {"run", "subject", "battery", "policies", "scorers", "code", "seed"}
+    parts = {"run", "role", "subject", "battery", "policies", "scorers", "code", "seed", "predecessor"}
+    assert set(committed.payload) == parts
     assert report.committed == f"{committed.seq}:{committed.hash}"
     assert finished.kind == "safety.finished"
     assert finished.payload["journal_root"] == report.journal_root

@@ -22,7 +22,7 @@ def chat(
 
     from steelyard.inference.endpoint import Message, Request
     from steelyard.inference.local import LocalEndpoint
-    from steelyard.safety.run import shipped_sampling
+    from steelyard.safety.shipped import shipped_sampling
 
     endpoint = LocalEndpoint.open(folder)
     sampling = replace(shipped_sampling(folder), max_tokens=max_tokens)
@@ -33,11 +33,14 @@ def chat(
             return
         turns.append(Message("user", text))
         asked = text if completion else tuple(turns)
-        (answer,) = endpoint.generate([Request(id="chat", prompt=asked, sampling=sampling, seed=seed)])
-        print(answer.text, flush=True)
+        answer = ""
+        for piece in endpoint.stream(Request(id="chat", prompt=asked, sampling=sampling, seed=seed)):
+            answer += piece
+            print(piece, end="", flush=True)
+        print(flush=True)
         if prompt is not None:
             return
-        turns.append(Message("assistant", answer.text))
+        turns.append(Message("assistant", answer))
         seed += 1
 
 

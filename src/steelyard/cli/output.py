@@ -43,7 +43,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def print_criteria(title: str, criteria: Sequence[Mapping[str, Any]]) -> None:
     """One line a criterion: its bounds, threshold, sample and verdict. `criteria` as in a decision's JSON."""
     rows = [
-        (c["metric"], _bound(c["lower"]), _bound(c["upper"]), f"{c['threshold']:.3f}", str(c["n"]), c["status"])
+        (c["name"], _bound(c["lower"]), _bound(c["upper"]), f"{c['threshold']:.3f}", str(c["n"]), c["status"])
         for c in criteria
     ]
     print_table(title, ("criterion", "lower 95%", "upper 95%", "threshold", "n", "verdict"), rows)
@@ -60,7 +60,7 @@ def print_decision(decision: Decision, bundle: Path | None, *, as_json: bool) ->
         print(one_line(f"{finding.code}: {finding.message}"))
     for criterion in decision.criteria:
         if criterion.status in ("FAIL", "INCONCLUSIVE"):  # INCOMPLETE is a finding
-            print(one_line(f"{criterion.status}: {criterion.message}"))
+            print(one_line(f"{criterion.status}: {criterion.reason}"))
     print(f"subject: {decision.subject}")
     print(f"bundle:  {bundle}" if bundle else "bundle:  none: only PASS opens the door")
 

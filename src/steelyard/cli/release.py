@@ -17,7 +17,9 @@ def release(
     model: Annotated[Path, typer.Option(help="The model folder that was tested.")],
     key: Annotated[str, typer.Option(help="Name of the signing key.")],
     policy: Annotated[str, typer.Option(help="preview, public, or a policy's .yaml.")] = "preview",
-    predecessor: Annotated[Path | None, typer.Option(help="The predecessor's run, on the same battery.")] = None,
+    predecessor: Annotated[
+        Path | None, typer.Option(help="The predecessor's model folder; needed only where a server answered for it.")
+    ] = None,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
@@ -27,36 +29,29 @@ def release(
     from steelyard.base.progress import default_progress
     from steelyard.ledger.ledger import Ledger
     from steelyard.release.bundle import write_bundle
-    from steelyard.release.gate import decide
     from steelyard.release.keys import load_signer, show_key
+    from steelyard.release.refused import Refused
     from steelyard.safety.policy import load_policy
 
     folder, progress = keys or workspace / "keys", default_progress(as_json=as_json)
     chosen = load_policy(policy)
+    card = show_key(folder, key)
+    signer = load_signer(folder, key, passphrase(passphrase_file))
     with Ledger(workspace / "ledger.sqlite") as ledger:
-        card = show_key(folder, key)
-        decision = decide(
-            run=run,
-            model=model,
-            policy=chosen,
-            ledger=ledger,
-            key=card,
-            predecessor=predecessor,
-            name=out.name,
-            progress=progress,
-        )
-        if decision.verdict == "PASS":
-            write_bundle(
+        try:
+            decision = write_bundle(
                 run=run,
                 model=model,
                 policy=chosen,
                 ledger=ledger,
-                signer=load_signer(folder, key, passphrase(passphrase_file)),
+                signer=signer,
                 key=card,
                 predecessor=predecessor,
                 out=out,
                 progress=progress,
-            )
+            ).decision
+        except Refused as refused:
+            decision = refused.decision
     print_decision(decision, out if decision.verdict == "PASS" else None, as_json=as_json)
     if decision.verdict != "PASS":
         raise typer.Exit(1)

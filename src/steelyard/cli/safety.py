@@ -28,6 +28,10 @@ def run(
         str | None, typer.Option(help="URL of an OpenAI-compatible server that answers in the model's place.")
     ] = None,
     endpoint_model: Annotated[str, typer.Option(help="The model's name at that server.")] = "default",
+    predecessor: Annotated[
+        Path | None,
+        typer.Option(help="The model folder it comes after: tested beside it, same prompts, same seeds."),
+    ] = None,
     fail_fast: Annotated[bool, typer.Option(help="Stop as soon as the model has certainly failed.")] = False,
     workspace: Workspace = WORKSPACE,
     as_json: AsJSON = False,
@@ -39,35 +43,39 @@ def run(
     from steelyard.model.identity import subject_of
     from steelyard.safety.battery import load_battery
     from steelyard.safety.policy import load_policy
-    from steelyard.safety.run import run_battery, shipped_sampling
+    from steelyard.safety.run import Job, Tested, run_battery
+    from steelyard.safety.shipped import shipped_sampling
     from steelyard.scorers.registry import open_scorer
 
     progress = default_progress(as_json=as_json)
     chosen = load_battery(battery)
     policies = [load_policy(name) for name in policy or ["preview"]]
-    subject = subject_of(model, progress)  # first: it refuses an unsafe folder before torch is imported
-    answering: Endpoint
-    if endpoint is None:
-        from steelyard.inference.local import LocalEndpoint
+    folders = [model] if predecessor is None else [model, predecessor]
+    subjects = [subject_of(folder, progress) for folder in folders]  # first: an unsafe folder is refused before torch
 
-        answering = LocalEndpoint.open(model)
-    else:
+    def answering(folder: Path) -> Endpoint:
+        if endpoint is None or folder != model:
+            from steelyard.inference.local import LocalEndpoint
+
+            return LocalEndpoint.open(folder)
         from steelyard.inference.openai import OpenAIEndpoint
 
-        answering = OpenAIEndpoint(endpoint, endpoint_model)
+        return OpenAIEndpoint(endpoint, endpoint_model)
+
+    tested = [
+        Tested(answering(folder), subject, shipped_sampling(folder))
+        for folder, subject in zip(folders, subjects, strict=True)
+    ]
+    job = Job(
+        candidate=tested[0],
+        predecessor=tested[1] if predecessor is not None else None,
+        battery=chosen,
+        policies=policies,
+        scorers={name: open_scorer(reference) for name, reference in chosen.scorers.items()},
+        fail_fast=fail_fast,
+    )
     with Ledger(workspace / "ledger.sqlite") as ledger:
-        result = run_battery(
-            endpoint=answering,
-            subject=subject,
-            battery=chosen,
-            policies=policies,
-            scorers={name: open_scorer(reference) for name, reference in chosen.scorers.items()},
-            out=out,
-            ledger=ledger,
-            shipped=shipped_sampling(model),
-            progress=progress,
-            fail_fast=fail_fast,
-        )
+        result = run_battery(job, out=out, ledger=ledger, progress=progress)
     _show(result, out, as_json)
 
 
@@ -84,6 +92,12 @@ def _show(report: Report, run: Path, as_json: bool) -> None:
         print_json(report.model_dump(mode="json"))
         return
     for view in report.policies:
-        criteria = [criterion.model_dump() | {"threshold": criterion.max} for criterion in view.criteria]
+        criteria = [criterion.model_dump() for criterion in view.criteria]
         print_criteria(f"criteria of policy {view.name}: {view.status} (the gate decides on a release)", criteria)
+    if report.predecessor is not None:
+        from steelyard.safety.html import in_words
+
+        print(
+            f"against the predecessor {report.predecessor.subject_digest[:16]}: {in_words(report.predecessor.differences)}"
+        )
     print(f"report: {run / 'report.html'}")

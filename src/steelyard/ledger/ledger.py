@@ -250,6 +250,11 @@ class Ledger:
 
     # -- artifacts ---------------------------------------------------------------------------------------------------
 
+    @property
+    def keeps_files(self) -> bool:
+        """Whether there is a folder for artifacts."""
+        return self._artifacts is not None
+
     def put_file(self, path: Path) -> str:
         """Keep a copy of the file; gives its SHA-256 (hex), by which `get_file` finds it."""
         return self._store().put(path)

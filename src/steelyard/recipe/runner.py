@@ -1,7 +1,8 @@
 """Runs a recipe: each stage once, cached by the digest of all that decides its result, resumable after any end.
 
 A finished stage is an event `stage.finished` in the workspace's ledger, with the SHA-256 of every file it made. A stage
-counts as cached only when those files, rehashed now, are still the same.
+counts as cached only when those files, rehashed now, are still the same. One that came out incomplete is an event
+`stage.incomplete`, and is done again.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class _Run:
         self.force, self.progress, self.passphrase = force, progress, passphrase
         self.base = workspace.absolute().parent
         self.finished = ledger.events("stage.finished")
+        self.incomplete = ledger.events("stage.incomplete")
         self.inputs: dict[str, Input] = {}
 
     def plan(self, stages: list[Stage]) -> list[StageResult]:
@@ -173,7 +175,8 @@ class _Run:
             if event.payload["recipe"] == self.recipe.name and event.payload["stage"] == stage.name
         ]
         if not earlier:
-            return "first run"
+            again = any(event.payload["key"] == digest(parts) for event in self.incomplete)
+            return "incomplete before" if again else "first run"
         before = earlier[-1].payload
         changes = []
         if before["kind"] != parts["kind"]:
@@ -223,7 +226,12 @@ class _Run:
             "summary": outcome.summary,
             "seconds": round(seconds, 3),
         }
-        self.finished.append(self.ledger.append("stage.finished", payload))
+        if outcome.incomplete:
+            payload |= {"incomplete": outcome.incomplete}
+            self.incomplete.append(self.ledger.append("stage.incomplete", payload))
+            self.progress.say(f"{stage.name}: INCOMPLETE, so the next run does it again: {outcome.incomplete}")
+        else:
+            self.finished.append(self.ledger.append("stage.finished", payload))
         self.inputs[stage.name] = self._input(stage, outcome.path, outputs, outcome.summary)
         self.progress.say(f"{stage.name}: done in {seconds:.1f} s")
         return StageResult(stage.name, stage.kind.name, "done", check.why, outcome.path, outcome.summary, seconds)
@@ -267,7 +275,7 @@ class _Run:
         return path.relative_to(self.base).as_posix() if path.is_relative_to(self.base) else path.as_posix()
 
     def _earlier(self) -> frozenset[Path]:
-        paths = (event.payload["path"] for event in self.finished)
+        paths = (event.payload["path"] for event in (*self.finished, *self.incomplete))
         return frozenset(self.base / path for path in paths if path is not None)
 
     def _hashed(self, outcome: Outcome) -> dict[str, str]:

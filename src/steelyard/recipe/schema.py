@@ -56,11 +56,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage made: the file or folder it hands on, other files it wrote, and a JSON summary to show."""
+    """What a stage made: the file or folder it hands on, other files it wrote, and a JSON summary to show.
+
+    `incomplete` says why it is not whole: it is handed on all the same, but never reused; the next run does it again.
+    """
 
     path: Path | None
     summary: dict[str, Any]
     extra: tuple[Path, ...] = ()
+    incomplete: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ The rooms are imported when a stage runs, so that a recipe whose stages are all 
 from __future__ import annotations
 
 import importlib.util
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from steelyard.base.canonical import digest, sha256_file
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.files import write_atomic
+from steelyard.recipe.align_stage import AlignStage
 from steelyard.recipe.schema import (
     Context,
     FieldError,
@@ -30,24 +30,16 @@ from steelyard.recipe.schema import (
     field,
     nearest,
 )
+from steelyard.release.refused import Refused  # noqa: F401 - what the release stage raises
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
 
-    from steelyard.release.gate import Decision
     from steelyard.release.keys import KeyInfo
     from steelyard.safety.battery import Battery
     from steelyard.safety.policy import Policy
 
 THROWAWAY = "throwaway"
-
-
-class Refused(SteelyardError):  # noqa: N818
-    """The gate did not say PASS, so there is no bundle. Carries the decision and the run's folder, to be shown."""
-
-    def __init__(self, message: str, decision: Decision, run: Path) -> None:
-        super().__init__(message)
-        self.decision, self.run = decision, run
 
 
 # -- import ----------------------------------------------------------------------------------------------------------
@@ -117,12 +109,14 @@ class ImportStage(StageKind[ImportConfig]):
 
 
 class SafetyConfig(StageConfig):
-    """`battery` and `policies` are names that ship in the package, or paths of .yaml files."""
+    """`battery` and `policies` are names that ship in the package, or paths of .yaml files. `predecessor`: the stage that
+    made the model which this one comes after; it is tested beside it, on the same prompts with the same seeds."""
 
     kind: Literal["safety"]
     model: str
     battery: str
     policies: tuple[str, ...] = Field(min_length=1, strict=False)
+    predecessor: str | None = None
 
     @model_validator(mode="after")
     def _once(self) -> SafetyConfig:
@@ -132,12 +126,18 @@ class SafetyConfig(StageConfig):
 
 
 class SafetyStage(StageKind[SafetyConfig]):
-    """The battery, run on the model that was imported: journal and report. It decides nothing."""
+    """The battery, run on a model and on its predecessor: journals and report. It decides nothing."""
 
     name, config, produces, room = "safety", SafetyConfig, "run", "runs"
-    references = {"model": "model"}  # noqa: RUF012
+    references = {"model": "model", "predecessor": "model"}  # noqa: RUF012
     rooms = ("base", "model", "inference", "scorers", "safety")  # as steelyard.safety.run.CODE: the gate asks for these
     resumable = True
+
+    def check(self, config: SafetyConfig, others: Mapping[str, StageConfig]) -> None:
+        if config.predecessor == config.model:
+            raise FieldError(
+                "predecessor", f"{config.model} is the model itself: name the stage of what it comes after"
+            )
 
     def externals(self, config: SafetyConfig, workspace: Path) -> dict[str, str]:
         battery = _battery("battery", config.battery)
@@ -151,45 +151,46 @@ class SafetyStage(StageKind[SafetyConfig]):
                     message = f"policy {name} needs the metric {criterion.metric}, which battery {config.battery} lacks"
                     raise FieldError("policies", f"{message} (it has: {', '.join(measured)})")
         with field("battery"):
-            return found | {f"scorer {name}": _scorer_files(ref) for name, ref in battery.scorers.items()}
+            return found | {f"scorer {name}": scorer_files(ref) for name, ref in battery.scorers.items()}
 
     def run(self, context: Context[SafetyConfig], inputs: Mapping[str, Input]) -> Outcome:
         from steelyard.inference.local import LocalEndpoint
         from steelyard.model.identity import subject_of
-        from steelyard.safety.run import run_battery, shipped_sampling
+        from steelyard.safety.run import Job, Tested, run_battery
+        from steelyard.safety.shipped import shipped_sampling
         from steelyard.scorers.registry import open_scorer
 
-        model = _path(inputs["model"])
+        def tested(folder: Path) -> Tested:
+            return Tested(LocalEndpoint.open(folder), subject_of(folder, context.progress), shipped_sampling(folder))
+
         battery = _battery("battery", context.config.battery)
-        run_battery(
-            endpoint=LocalEndpoint.open(model),
-            subject=subject_of(model, context.progress),
+        job = Job(
+            candidate=tested(_path(inputs["model"])),
+            predecessor=tested(_path(inputs["predecessor"])) if "predecessor" in inputs else None,
             battery=battery,
             policies=[_policy("policies", name) for name in context.config.policies],
             scorers={name: open_scorer(reference) for name, reference in battery.scorers.items()},
-            out=context.place,
-            ledger=context.ledger,
-            shipped=shipped_sampling(model),
-            progress=context.progress,
         )
+        found = run_battery(job, out=context.place, ledger=context.ledger, progress=context.progress)
         report = context.place / "report.html"
-        return Outcome(context.place, {"run": str(context.place), "report": str(report)})
+        return Outcome(
+            context.place,
+            {"run": str(context.place), "report": str(report)},
+            incomplete="; ".join(finding.message for finding in found.findings[:3]),
+        )
 
 
 # -- release ---------------------------------------------------------------------------------------------------------
 
 
 class ReleaseConfig(StageConfig):
-    """`key`: the name of a key in the workspace, or `throwaway`: made for this release, used once. `predecessor`: the
-    folder of the predecessor's run, where there is one.
-    """
+    """`key`: the name of a key in the workspace, or `throwaway`: made for this release, used once."""
 
     kind: Literal["release"]
     run: str
     policy: str
     key: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
     out: str = Field(min_length=1)
-    predecessor: str | None = None
 
 
 class ReleaseStage(StageKind[ReleaseConfig]):
@@ -208,11 +209,6 @@ class ReleaseStage(StageKind[ReleaseConfig]):
 
     def externals(self, config: ReleaseConfig, workspace: Path) -> dict[str, str]:
         found = {"policy": _policy("policy", config.policy).digest}
-        if config.predecessor is not None:
-            journal = Path(config.predecessor) / "journal.jsonl"
-            if not journal.is_file():
-                raise FieldError("predecessor", f"there is no file {journal}: give the folder of a finished run")
-            found["predecessor"] = sha256_file(journal)
         if config.key != THROWAWAY:
             from steelyard.release.keys import show_key
 
@@ -224,39 +220,28 @@ class ReleaseStage(StageKind[ReleaseConfig]):
 
     def run(self, context: Context[ReleaseConfig], inputs: Mapping[str, Input]) -> Outcome:
         from steelyard.release.bundle import write_bundle
-        from steelyard.release.gate import decide
 
-        config = context.config
-        run, model = _path(inputs["run"]), _path(inputs["run"].inputs["model"])
+        config, run = context.config, _path(inputs["run"])
         policy, out = _policy("policy", config.policy), Path(config.out)
-        predecessor = None if config.predecessor is None else Path(config.predecessor)
+        before = inputs["run"].inputs.get("predecessor")
         if out.exists() and out.absolute() not in context.earlier:
             raise SteelyardError(f"{out} exists and no release of this workspace made it: move it, or change out")
+        aside = out.with_name(f"{out.name}.until-{datetime.now(UTC):%Y%m%dT%H%M%S}") if out.exists() else None
         with _signing_key(context) as (signer, key, card):
-            decision = decide(
+            decision = write_bundle(
                 run=run,
-                model=model,
+                model=_path(inputs["run"].inputs["model"]),
                 policy=policy,
                 ledger=context.ledger,
+                signer=signer,
                 key=card,
-                predecessor=predecessor,
-                name=out.name,
+                predecessor=None if before is None else _path(before),
+                aside=aside,
+                out=out,
                 progress=context.progress,
-            )
-            if decision.verdict != "PASS":
-                raise Refused(_refusal(decision), decision, run)
-            with _moved_aside(out, context):
-                write_bundle(
-                    run=run,
-                    model=model,
-                    policy=policy,
-                    ledger=context.ledger,
-                    signer=signer,
-                    key=card,
-                    predecessor=predecessor,
-                    out=out,
-                    progress=context.progress,
-                )
+            ).decision
+            if aside is not None:
+                context.progress.say(f"{context.stage}: the earlier {out} is now {aside}")
             public = out.parent / "keys" / f"{out.name}.pub.pem"
             write_atomic(public, key.read_bytes())
         summary = decision.model_dump(mode="json", exclude={"report"})
@@ -280,28 +265,6 @@ def _signing_key(context: Context[ReleaseConfig]) -> Iterator[tuple[CryptoSigner
         yield load_signer(folder, name, passphrase), folder / f"{name}.pub.pem", card
     finally:
         (folder / f"{name}.key.pem").unlink()
-
-
-@contextmanager
-def _moved_aside(out: Path, context: Context[ReleaseConfig]) -> Iterator[None]:
-    """Give way at `out` for a new release: an earlier one is renamed, never deleted, and put back where this fails."""
-    if not out.exists():
-        yield
-        return
-    aside = out.with_name(f"{out.name}.until-{datetime.now(UTC):%Y%m%dT%H%M%S}")
-    os.rename(out, aside)
-    try:
-        yield
-    except BaseException:
-        os.rename(aside, out)
-        raise
-    context.progress.say(f"{context.stage}: the earlier {out} is now {aside}")
-
-
-def _refusal(decision: Decision) -> str:
-    reasons = decision.reasons
-    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-    return f"policy {decision.policy} says {decision.verdict}, no bundle is written: {'; '.join(reasons[:3])}{more}"
 
 
 # -- verify ----------------------------------------------------------------------------------------------------------
@@ -379,7 +342,7 @@ def _spelled(reference: str, folder: str) -> Iterator[None]:
         raise UsageError(f"{error}{nearest(reference, known)}") from error
 
 
-def _scorer_files(reference: str) -> str:
+def scorer_files(reference: str) -> str:
     """Digest of what a scorer is made of: the packaged weights and cards, or the module that a reference names."""
     scheme, _, rest = reference.partition(":")
     if scheme == "embedded":
@@ -396,5 +359,5 @@ def _scorer_files(reference: str) -> str:
 
 
 KINDS: dict[str, StageKind[Any]] = {
-    kind.name: kind for kind in (ImportStage(), SafetyStage(), ReleaseStage(), VerifyStage())
+    kind.name: kind for kind in (ImportStage(), AlignStage(), SafetyStage(), ReleaseStage(), VerifyStage())
 }

@@ -3,6 +3,7 @@
     steelyard/manifest.json           every other file with size, SHA-256 and kind: the list is closed
     steelyard/test-result.dsse.json   the signed statement over weights, subject, manifest, report and journal
     steelyard/journal.jsonl           every generation and score; all numbers are recomputed from it
+    steelyard/predecessor.jsonl       the same of the model it was tested beside, where there was one
     steelyard/battery.json, policy.json, report.json, report.html, report.md
 
 A bundle is written only on a PASS that the gate gives here and now, and only appears once it has verified.
@@ -10,8 +11,11 @@ A bundle is written only on a PASS that the gate gives here and now, and only ap
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +32,8 @@ from steelyard.model.identity import Subject, is_model_file, subject_of
 from steelyard.release.attest import PredecessorFacts, RunFacts, Sha256, sign, strict_json, test_result
 from steelyard.release.gate import Decision, Evidence, decide, read_run
 from steelyard.release.keys import KeyInfo
-from steelyard.safety.journal import Journal
+from steelyard.release.refused import Refused
+from steelyard.safety.html import in_words
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import compute_report, save_report
 
@@ -42,6 +47,7 @@ JOURNAL = f"{HOME}/journal.jsonl"
 BATTERY = f"{HOME}/battery.json"
 POLICY = f"{HOME}/policy.json"
 REPORT = f"{HOME}/report.json"
+PREDECESSOR = f"{HOME}/predecessor.jsonl"  # only where there was one
 EVIDENCE = (JOURNAL, BATTERY, POLICY, REPORT, f"{HOME}/report.html", f"{HOME}/report.md")
 MANIFEST_LIMIT = 1_000_000  # bytes
 MAX_FILES = 2_000
@@ -78,7 +84,7 @@ class Manifest(BaseModel):
 
 def kind_of(path: str) -> Kind | None:
     """The kind of a bundle's file; None for a path that no bundle may hold."""
-    if path in EVIDENCE:
+    if path in EVIDENCE or path == PREDECESSOR:
         return "evidence"
     if "/" in path or not is_model_file(path):
         return None
@@ -116,12 +122,14 @@ def read_manifest(bundle: Path) -> Manifest:
     return manifest
 
 
-def statement_subjects(subject: Subject, journal: Journal, manifest: bytes, report: bytes) -> dict[str, str]:
+def statement_subjects(subject: Subject, evidence: Evidence, manifest: bytes, report: bytes) -> dict[str, str]:
     """What the test-result statement is about: name to SHA-256."""
+    before = evidence.predecessor
     return {
         "weights": subject.weights,
         "subject": subject.digest,
-        "journal-root": journal.root,
+        "journal-root": evidence.journal.root,
+        **({} if before is None else {"predecessor-root": before.root, "predecessor": before.plan.subject_digest}),
         MANIFEST: sha256_hex(manifest),
         REPORT: sha256_hex(report),
     }
@@ -138,6 +146,14 @@ def statement_configuration(evidence: Evidence, policy: Policy) -> dict[str, str
     }
 
 
+@dataclass(frozen=True)
+class Released:
+    """A bundle, and the one decision it was written on."""
+
+    bundle: Path
+    decision: Decision
+
+
 def write_bundle(
     *,
     run: Path,
@@ -148,20 +164,22 @@ def write_bundle(
     key: KeyInfo,
     out: Path,
     predecessor: Path | None = None,
+    aside: Path | None = None,
     now: datetime | None = None,
     progress: Progress | None = None,
-) -> Path:
-    """Ask the gate, and on PASS write, sign and verify the bundle; it appears at `out` whole or not at all.
+) -> Released:
+    """Ask the gate, once, and on PASS write, sign and verify the bundle; it appears at `out` whole or not at all.
 
-    The release is called by the name of `out`. Raises SteelyardError with the gate's reasons on any other verdict,
-    where `out` exists, and where the finished bundle does not verify.
+    The release is called by the name of `out`; an earlier one there is renamed to `aside` after the PASS, and back
+    where this fails. `predecessor` as in `decide`. Raises Refused, with the decision, on any other verdict;
+    SteelyardError where `out` exists and there is no `aside`, and where the finished bundle does not verify.
     """
     from steelyard.release.verify import examine
 
     progress, now = progress or Silent(), now or datetime.now(UTC)
     if key.keyid != signer.public_key.keyid:
         raise SteelyardError(f"key {key.name!r} is not the key that signs ({signer.public_key.keyid})")
-    if out.exists() or out.is_symlink():
+    if aside is None and (out.exists() or out.is_symlink()):
         raise SteelyardError(f"{out} exists already: a release is never overwritten")
     decision = decide(
         run=run,
@@ -175,18 +193,20 @@ def write_bundle(
         progress=progress,
     )
     if decision.verdict != "PASS":
-        reasons = "; ".join(decision.reasons)
-        raise SteelyardError(f"policy {policy.name} says {decision.verdict}, no bundle is written: {reasons}")
+        raise Refused(decision, run)
     evidence = read_run(run)
     if decision.report is None or evidence.journal.root != decision.report.journal_root:
         raise SteelyardError(f"{run / 'journal.jsonl'}: changed while it was released: leave it alone and try again")
-    with new_folder(out) as folder:
+    with _moved_aside(out, aside), new_folder(out) as folder:
         _copy_model(model, folder, progress)
         (folder / HOME).mkdir()
         (folder / JOURNAL).write_bytes(b"".join(line + b"\n" for line in evidence.journal.raw))
         (folder / BATTERY).write_bytes(canonical_json(evidence.battery.model_dump(mode="json")) + b"\n")
         (folder / POLICY).write_bytes(canonical_json(policy.model_dump(mode="json")) + b"\n")
-        save_report(compute_report(evidence.journal, evidence.battery, [policy]), folder / HOME)
+        if evidence.predecessor is not None:
+            (folder / PREDECESSOR).write_bytes(b"".join(line + b"\n" for line in evidence.predecessor.raw))
+        report = compute_report(evidence.journal, evidence.battery, [policy], evidence.predecessor)
+        save_report(report, folder / HOME)
         if not (folder / "README.md").exists():
             (folder / "README.md").write_text(model_card(out.name, decision, evidence, policy), encoding="utf-8")
         subject = subject_of(folder, progress)
@@ -203,13 +223,13 @@ def write_bundle(
             key_kind=key.kind,
             endpoint=evidence.journal.plan.endpoint,
             ledger_head=head.mark if head is not None else None,
-            predecessor=_predecessor(predecessor),
+            predecessor=predecessor_facts(evidence),
             version=__version__,
         )
         payload = test_result(
-            subjects=statement_subjects(subject, evidence.journal, manifest, (folder / REPORT).read_bytes()),
+            subjects=statement_subjects(subject, evidence, manifest, (folder / REPORT).read_bytes()),
             configuration=statement_configuration(evidence, policy),
-            passed=[criterion.metric for criterion in decision.criteria],
+            passed=[criterion.name for criterion in decision.criteria],
             facts=facts,
         )
         (folder / STATEMENT).write_bytes(sign(payload, signer))
@@ -228,7 +248,21 @@ def write_bundle(
                 "bundle": sha256_hex(manifest),
             },
         )
-    return out
+    return Released(out, decision)
+
+
+@contextmanager
+def _moved_aside(out: Path, aside: Path | None) -> Iterator[None]:
+    """Give way at `out`: an earlier release is renamed, never deleted, and put back where this fails."""
+    if aside is None or not out.exists():
+        yield
+        return
+    os.rename(out, aside)
+    try:
+        yield
+    except BaseException:
+        os.rename(aside, out)
+        raise
 
 
 def _copy_model(model: Path, folder: Path, progress: Progress) -> None:
@@ -258,11 +292,12 @@ def _manifest(folder: Path) -> bytes:
     return canonical_json({"format": 1, "files": files}) + b"\n"
 
 
-def _predecessor(run: Path | None) -> PredecessorFacts | None:
-    if run is None:
+def predecessor_facts(evidence: Evidence) -> PredecessorFacts | None:
+    """What the statement says of the predecessor."""
+    before = evidence.predecessor
+    if before is None:
         return None
-    journal = read_run(run).journal
-    return PredecessorFacts(subject=journal.plan.subject_digest, journal_root=journal.root)
+    return PredecessorFacts(subject=before.plan.subject_digest, journal_root=before.root)
 
 
 def model_card(name: str, decision: Decision, evidence: Evidence, policy: Policy) -> str:
@@ -272,8 +307,16 @@ def model_card(name: str, decision: Decision, evidence: Evidence, policy: Policy
     rows = [
         f"| {criterion.metric} | {criterion.n:,} | {criterion.upper:.2%} | {criterion.threshold:.2%} |"
         for criterion in decision.criteria
-        if criterion.upper is not None
+        if criterion.upper is not None and criterion.against == "limit"
     ]
+    before = decision.report.predecessor if decision.report is not None else None
+    compared: list[str] = []
+    if before is not None:
+        compared = [
+            "",
+            f"Tested in the same job, on the same prompts, beside its predecessor `{before.subject_digest}`.",
+            in_words(before.differences),
+        ]
     return "\n".join(
         [
             f"# {name}",
@@ -286,6 +329,7 @@ def model_card(name: str, decision: Decision, evidence: Evidence, policy: Policy
             "| Rate of bad answers | Samples | Upper bound (95%) | Must be under |",
             "|---|---:|---:|---:|",
             *rows,
+            *compared,
             "",
             f"Battery `{battery.name}`, version {battery.version}, tier {battery.tier}: {len(battery.probes()):,} "
             f"probes ({languages}), run from {plan.started} to {evidence.journal.finished}.",

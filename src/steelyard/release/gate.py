@@ -14,13 +14,13 @@ Torch is needed only for a run of which a remote server gave the tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,23 +34,17 @@ from steelyard.model.identity import Subject, subject_of
 from steelyard.release.attest import parse_time, strict_json
 from steelyard.release.keys import KeyInfo
 from steelyard.safety.battery import Battery, load_battery
-from steelyard.safety.journal import (
-    Finding,
-    Generation,
-    Journal,
-    check_journal,
-    identical_samples,
-    prompt_digest,
-    read_journal,
-)
+from steelyard.safety.commit import attempts, commitment
+from steelyard.safety.criteria import CriterionResult, Status
+from steelyard.safety.journal import Finding, Generation, Journal, identical_samples, prompt_digest, read_journal
 from steelyard.safety.policy import Policy, load_policy
-from steelyard.safety.report import Measurement, Report, compare_with_predecessor, compute_report
-from steelyard.safety.run import CODE, prompt_of, shipped_sampling
+from steelyard.safety.report import JOURNAL, PREDECESSOR, Report, compute_report, read_predecessor
+from steelyard.safety.run import CODE, prompt_of
+from steelyard.safety.shipped import shipped_sampling
 
 if TYPE_CHECKING:
     from steelyard.ledger.ledger import Event, Ledger
 
-Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE"]
 REPLAYED = 20  # entries generated again where a remote server answered: it proves nothing about its weights
 CLOCKS_APART = timedelta(minutes=5)  # two machines' clocks may differ so much
 NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # of a policy that may ship in the package
@@ -61,18 +55,6 @@ _T = TypeVar("_T", Battery, Policy)
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CriterionResult(_Model):
-    """One criterion of the policy, decided: bounds of the rate, in [0, 1] (of a difference, in [-1, 1])."""
-
-    metric: str
-    status: Status
-    lower: float | None
-    upper: float | None
-    threshold: float
-    n: int
-    message: str
 
 
 class Decision(_Model):
@@ -92,26 +74,30 @@ class Decision(_Model):
     def reasons(self) -> list[str]:
         """What keeps it from PASS, one line each."""
         return [finding.message for finding in self.findings] + [
-            criterion.message for criterion in self.criteria if criterion.status != "PASS"
+            criterion.reason for criterion in self.criteria if criterion.status != "PASS"
         ]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run left, as read: nothing of it is believed yet. `where` gives each part's file, for messages."""
+    """What a run left, as read: nothing of it is believed yet. `where` gives each part's file, for messages.
+    `predecessor` is the journal beside the candidate's, None where there is none."""
 
     journal: Journal
     battery: Battery
     policies: tuple[Policy, ...]
     report: Any
+    predecessor: Journal | None
     where: Mapping[str, str]
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_evidence(root: Path, *, journal: str, battery: str, report: str, policies: Sequence[str]) -> Evidence:
-    """Read a run's files under `root`, each named relative to it; an absent report is None.
+def read_evidence(
+    root: Path, *, journal: str, battery: str, report: str, policies: Sequence[str], predecessor: str
+) -> Evidence:
+    """Read a run's files under `root`, each named relative to it; an absent report, or predecessor's journal, is None.
 
     Raises SteelyardError (FormatError, UsageError) naming the first file that cannot be read.
     """
@@ -120,14 +106,17 @@ def read_evidence(root: Path, *, journal: str, battery: str, report: str, polici
         battery=_load(root / battery, Battery),
         policies=tuple(_load(root / name, Policy) for name in policies),
         report=_json(root / report) if (root / report).is_file() else None,
-        where={"journal": journal, "battery": battery, "report": report},
+        predecessor=read_predecessor(root / predecessor),
+        where={"journal": journal, "battery": battery, "report": report, "predecessor": predecessor},
     )
 
 
 def read_run(run: Path) -> Evidence:
     """The evidence in a run folder."""
     names = sorted(f"policies/{path.name}" for path in (run / "policies").glob("*.json"))
-    return read_evidence(run, journal="journal.jsonl", battery="battery.json", report="report.json", policies=names)
+    return read_evidence(
+        run, journal=JOURNAL, battery="battery.json", report="report.json", policies=names, predecessor=PREDECESSOR
+    )
 
 
 def _load(path: Path, kind: type[_T]) -> _T:
@@ -158,11 +147,18 @@ def check_evidence(
     """
     journal, battery, plan = evidence.journal, evidence.battery, evidence.journal.plan
     where = evidence.where["journal"]
-    report = compute_report(journal, battery, evidence.policies)
+    report = compute_report(journal, battery, evidence.policies, evidence.predecessor)
     findings = [*_check_subject(plan.subject, subject, where)]
     # What compute_report says of policies is said better below.
-    findings += [Finding(f.code, f"{where}: {f.message}") for f in report.findings if f.code != "policy"]
+    findings += [
+        Finding(f.code, f"{evidence.where.get(f.code, where)}: {f.message}")
+        for f in report.findings
+        if f.code != "policy"
+    ]
     findings += _check_policy(evidence, policy)
+    if plan.predecessor is None and policy.predecessor.first_release == "reference":
+        text = f"{policy.name} wants a reference model's run in the predecessor's place of a first release"
+        findings.append(Finding("predecessor", f"{where}: {text} (steelyard safety run --predecessor FOLDER)"))
     findings += _check_times(journal, policy, at, where)
     same = identical_samples(journal)
     if same is not None and same > policy.max_identical_samples:
@@ -171,27 +167,17 @@ def check_evidence(
             Finding("identical-samples", f"{where}: {text}; {policy.name} allows {policy.max_identical_samples:.1%}")
         )
     findings += _check_report(report, evidence.report, evidence.where["report"])
-    criteria = judge_all(report, policy, journal, battery)
-    findings += [Finding("criterion", result.message) for result in criteria if result.status == "INCOMPLETE"]
+    criteria = judge_all(report, policy, evidence)
+    findings += [Finding("criterion", result.reason) for result in criteria if result.status == "INCOMPLETE"]
     return findings, criteria, report
 
 
-def judge_all(report: Report, policy: Policy, journal: Journal, battery: Battery) -> list[CriterionResult]:
-    """Every criterion of the policy, decided on what the journal says; `report` saves computing it twice."""
+def judge_all(report: Report, policy: Policy, evidence: Evidence) -> list[CriterionResult]:
+    """Every criterion of the policy, decided on what the journals say; `report` saves computing it twice."""
     views = [view for view in report.policies if view.digest == policy.digest]
-    view = (views or compute_report(journal, battery, [policy]).policies)[0]
-    return [
-        CriterionResult(
-            metric=found.metric,
-            status=found.status,
-            lower=found.lower,
-            upper=found.upper,
-            threshold=found.max,
-            n=found.n,
-            message=f"{found.metric}: {found.message}",
-        )
-        for found in view.criteria
-    ]
+    if not views:
+        views = [*compute_report(evidence.journal, evidence.battery, [policy], evidence.predecessor).policies]
+    return list(views[0].criteria)
 
 
 def differing_keys(left: Any, right: Any, key: str = "") -> list[str]:
@@ -411,20 +397,39 @@ def _text(renderer: Renderer, entry: Generation, ends: bool) -> str | None:
 
 
 def _check_ledger(evidence: Evidence, policy: Policy, ledger: Ledger, now: datetime) -> Iterator[Finding]:
-    journal, plan = evidence.journal, evidence.journal.plan
+    plan = evidence.journal.plan
     try:
         ledger.verify()
     except SteelyardError as error:
         yield Finding("ledger", str(error))
         return
+    event = yield from _check_run(evidence, ledger)
+    if event is None:
+        return
+    count = attempts(ledger, plan.subject_digest, plan.battery, event.seq)
+    if count > policy.max_attempts:
+        text = f"is attempt {count} on this subject and battery, {policy.name} allows {policy.max_attempts}"
+        yield Finding("attempts", f"run {plan.run} {text}")
+    head = ledger.head()
+    if head is not None and parse_time(head.time, "ledger") > now + CLOCKS_APART:
+        yield Finding("time", f"the ledger's last event is of {head.time}, later than now: the clock was set back")
+
+
+def _check_run(evidence: Evidence, ledger: Ledger) -> Generator[Finding, None, Event | None]:
+    """Is this journal that of a run which the ledger saw committed, growing and finished? Gives its commitment."""
+    journal, plan = evidence.journal, evidence.journal.plan
     committed = ledger.events("safety.committed", run=plan.run)
     if len(committed) != 1:
         yield Finding("ledger", f"the ledger holds {len(committed)} commitments of run {plan.run}, not 1")
-        return
+        return None
     event = committed[0]
     if (event.seq, event.hash) != (plan.committed.seq, plan.committed.hash):
         yield Finding("ledger", f"{evidence.where['journal']}: names another commitment than event {event.seq}")
-    yield from _check_commitment(event, evidence)
+    promised = commitment(plan)
+    changed = [name for name, value in promised.items() if event.payload.get(name) != value]
+    if changed:
+        text = f"{_some(changed)} differ from what was committed before the start (event {event.seq} of the ledger)"
+        yield Finding("committed", f"{evidence.where['journal']}: {text}")
     yield from _check_progress(evidence, event, ledger)
     finished = ledger.events("safety.finished", run=plan.run)
     if not finished:
@@ -435,17 +440,7 @@ def _check_ledger(evidence: Evidence, policy: Policy, ledger: Ledger, now: datet
         elif end.payload.get("journal_root") != journal.root:
             text = f"changed since the run finished: its root is not the one in event {end.seq} of the ledger"
             yield Finding("journal-root", f"{evidence.where['journal']}: {text}")
-    attempts = [
-        other
-        for other in ledger.events("safety.committed", subject=plan.subject_digest, battery=plan.battery)
-        if other.seq <= event.seq
-    ]
-    if len(attempts) > policy.max_attempts:
-        text = f"is attempt {len(attempts)} on this subject and battery, {policy.name} allows {policy.max_attempts}"
-        yield Finding("attempts", f"run {plan.run} {text}")
-    head = ledger.head()
-    if head is not None and parse_time(head.time, "ledger") > now + CLOCKS_APART:
-        yield Finding("time", f"the ledger's last event is of {head.time}, later than now: the clock was set back")
+    return event
 
 
 def _check_progress(evidence: Evidence, committed: Event, ledger: Ledger) -> Iterator[Finding]:
@@ -465,80 +460,49 @@ def _check_progress(evidence: Evidence, committed: Event, ledger: Ledger) -> Ite
         yield Finding("progress", f"{evidence.where['journal']}: {text}")
 
 
-def _check_commitment(event: Event, evidence: Evidence) -> Iterator[Finding]:
-    plan = evidence.journal.plan
-    promised: dict[str, Any] = {
-        "subject": plan.subject_digest,
-        "battery": plan.battery,
-        "policies": plan.policies,
-        "scorers": {name: identity.digest for name, identity in plan.scorers.items()},
-        "code": plan.code,
-        "seed": plan.seed,
-    }
-    changed = [name for name, value in promised.items() if event.payload.get(name) != value]
-    if changed:
-        text = f"{_some(changed)} differ from what was committed before the start (event {event.seq} of the ledger)"
-        yield Finding("committed", f"{evidence.where['journal']}: {text}")
+def _of_predecessor(evidence: Evidence, predecessor: Journal) -> Evidence:
+    """The predecessor's journal as evidence of its own: the same checks, with its own file in the messages."""
+    where = {**evidence.where, "journal": evidence.where["predecessor"]}
+    return replace(evidence, journal=predecessor, predecessor=None, report=None, where=where)
 
 
 def _check_predecessor(
-    evidence: Evidence, policy: Policy, ledger: Ledger, predecessor: Path | None, name: str | None
-) -> tuple[list[Finding], list[CriterionResult]]:
-    """Is there a predecessor where there must be one, is it the right one, and is the candidate not worse than it?"""
-
-    def said(text: str) -> tuple[list[Finding], list[CriterionResult]]:
-        return [Finding("predecessor", text)], []
-
-    subject = evidence.journal.plan.subject_digest
-    earlier = ledger.events("release.bundled", **({"name": name} if name is not None else {}))
-    others = [event.payload.get("subject") for event in earlier if event.payload.get("subject") != subject]
-    remedy = "give the run of the predecessor on this battery (--predecessor)"
-    if predecessor is None:
-        if name is not None and others:
-            return said(f"{name!r} was released before, as subject {str(others[-1])[:16]}: {remedy}")
-        if policy.predecessor.first_release == "reference":
-            text = "wants a reference model's run in the predecessor's place of a first release (--predecessor)"
-            return said(f"{policy.name} {text}")
-        return [], []
-    where = str(predecessor / "journal.jsonl")
-    try:
-        before = read_run(predecessor)
-        compared = compare_with_predecessor(evidence.journal, before.journal, evidence.battery)
-    except SteelyardError as error:
-        return said(f"predecessor: {error}")
-    plan = before.journal.plan
-    if plan.subject_digest == subject:
-        return said(f"{where}: is a run on this same subject, not on a predecessor")
-    if name is not None and others and plan.subject_digest != others[-1]:
-        return said(f"{where}: is not a run on the last release of {name!r}, subject {str(others[-1])[:16]}")
-    findings = [
-        Finding("predecessor", f"{where}: {found.message}") for found in check_journal(before.journal, before.battery)
-    ]
-    roots = [event.payload.get("journal_root") for event in ledger.events("safety.finished", run=plan.run)]
-    if before.journal.root not in roots:
-        findings.append(Finding("predecessor", f"{where}: is not the journal of a run that this ledger saw finish"))
-    required = {criterion.metric for criterion in policy.criteria}
-    results = [_not_worse(found, policy.predecessor.margin) for found in compared if found.metric in required]
-    findings += [Finding("predecessor", result.message) for result in results if result.status == "INCOMPLETE"]
-    return findings, results
-
-
-def _not_worse(found: Measurement, margin: float) -> CriterionResult:
-    status: Status
-    if found.problem is not None or found.lower is None or found.upper is None:
-        status, text = "INCOMPLETE", found.problem or "cannot be compared"
-    else:
-        status = "PASS" if found.upper < margin else "FAIL" if found.lower > margin else "INCONCLUSIVE"
-        text = f"worse by {found.lower:+.2%} to {found.upper:+.2%}, may be worse by under {margin:.2%}"
-    return CriterionResult(
-        metric=f"{found.metric} against the predecessor",
-        status=status,
-        lower=found.lower,
-        upper=found.upper,
-        threshold=margin,
-        n=found.n,
-        message=f"{found.metric} against the predecessor: {text}",
-    )
+    evidence: Evidence, ledger: Ledger, folder: Path | None, name: str | None, progress: Progress | None
+) -> Iterator[Finding]:
+    """Is there a predecessor where there must be one, is it the right one, and is its journal what the ledger saw?"""
+    subject, named = evidence.journal.plan.subject_digest, evidence.journal.plan.predecessor
+    earlier = ledger.events("release.bundled", name=name) if name is not None else []
+    others = [str(event.payload.get("subject")) for event in earlier if event.payload.get("subject") != subject]
+    if named is None:
+        if others:
+            text = f"{name!r} was released before, as subject {others[-1][:16]}: test it beside that one"
+            yield Finding("predecessor", f"{text} (steelyard safety run --predecessor FOLDER)")
+        if folder is not None:
+            yield Finding("predecessor", f"{folder}: was given as the predecessor, but the run knows none")
+        return
+    where = evidence.where["predecessor"]
+    if others and named.subject != others[-1]:
+        yield Finding("predecessor", f"{where}: is not a run on the last release of {name!r}, {others[-1][:16]}")
+    if evidence.predecessor is None:
+        return  # missing, by check_pair
+    its = _of_predecessor(evidence, evidence.predecessor)
+    for found in _check_run(its, ledger):
+        yield Finding("predecessor", found.message)
+    if its.journal.plan.committed.seq >= evidence.journal.plan.committed.seq:
+        yield Finding("predecessor", f"{where}: was committed after the candidate's run, not before it")
+    if folder is not None:
+        try:
+            digest = subject_of(folder, progress or Silent()).digest
+        except SteelyardError as error:
+            yield Finding("predecessor", str(error))
+            return
+        if digest != its.journal.plan.subject_digest:
+            yield Finding("predecessor", f"{folder}: is not the predecessor that was tested, but {digest[:16]}")
+            return
+        yield from _check_generations(folder, its, progress)
+    elif its.journal.plan.endpoint.get("kind") != "local":
+        text = "a server answered, which proves nothing about its weights: give the model's folder (--predecessor)"
+        yield Finding("predecessor", f"{where}: {text}")
 
 
 def _check_code(evidence: Evidence) -> Iterator[Finding]:
@@ -583,8 +547,10 @@ def decide(
 ) -> Decision:
     """Decide on releasing `model` on the strength of `run`, and write `release.decided` to the ledger.
 
-    `name` is what the release is called: a later one of that name needs the earlier one's run as its `predecessor`.
-    What cannot be read is a finding like any other. Raises SteelyardError only where the ledger cannot be written.
+    `name` is what the release is called: a later one of that name must have been tested beside the earlier one. The
+    predecessor's journal lies in the run's folder; `predecessor` is that model's own folder, which needs to be given
+    only where a server answered for it (its answers are then generated again from the weights). What cannot be read is
+    a finding like any other. Raises SteelyardError only where the ledger cannot be written.
     """
     now = now or datetime.now(UTC)
     findings: list[Finding] = []
@@ -605,8 +571,7 @@ def decide(
         findings += found
         findings += _check_code(evidence)
         findings += _check_ledger(evidence, policy, ledger, now)
-        found, compared = _check_predecessor(evidence, policy, ledger, predecessor, name)
-        findings, criteria = findings + found, criteria + compared
+        findings += _check_predecessor(evidence, ledger, predecessor, name, progress)
         if subject is not None:
             findings += _check_generations(model, evidence, progress)
     findings += _check_key(policy, key)

@@ -40,9 +40,11 @@ from steelyard.release.bundle import (
     MANIFEST,
     MAX_FILES,
     POLICY,
+    PREDECESSOR,
     REPORT,
     STATEMENT,
     kind_of,
+    predecessor_facts,
     read_manifest,
     statement_configuration,
     statement_subjects,
@@ -50,7 +52,6 @@ from steelyard.release.bundle import (
 from steelyard.release.gate import (
     CLOCKS_APART,
     NAME,
-    CriterionResult,
     Evidence,
     check_evidence,
     check_key_rules,
@@ -59,7 +60,8 @@ from steelyard.release.gate import (
     same_policy,
 )
 from steelyard.release.keys import KeyEvent, load_public_key, read_key_event
-from steelyard.safety.journal import Finding
+from steelyard.safety.criteria import CriterionResult
+from steelyard.safety.journal import Finding, Journal
 from steelyard.safety.policy import Policy, load_policy
 
 
@@ -139,7 +141,7 @@ def examine(
             found, criteria, _ = check_evidence(evidence, held, subject, released)
             findings += found
             failed = [result for result in criteria if result.status in ("FAIL", "INCONCLUSIVE")]
-            findings += [Finding("criterion", f"{JOURNAL}: {result.message}: {result.status}") for result in failed]
+            findings += [Finding("criterion", f"{JOURNAL}: {result.reason}: {result.status}") for result in failed]
             if statement is not None:
                 findings += _check_statement(statement, folder, evidence, subject, held, criteria, now)
                 findings += check_key_rules(held, statement.predicate.steelyard.key_kind)
@@ -295,13 +297,13 @@ def _check_statement(
         except OSError as error:
             findings.append(Finding("missing", f"{name}: {error.strerror}"))
     if len(files) == 2:
-        subjects = statement_subjects(subject, evidence.journal, files[MANIFEST], files[REPORT])
+        subjects = statement_subjects(subject, evidence, files[MANIFEST], files[REPORT])
         differ("subject", statement.subjects, subjects)
     differ("configuration", statement.configuration, statement_configuration(evidence, policy))
     result, facts, plan = statement.predicate, statement.predicate.steelyard, evidence.journal.plan
     if result.result != "PASSED" or result.failedTests or result.warnedTests:
         findings.append(Finding("statement", f"{STATEMENT}: says {result.result}, not PASSED"))
-    required = {criterion.metric for criterion in criteria}
+    required = {criterion.name for criterion in criteria}
     missing = sorted(required - set(result.passedTests))
     if missing:
         findings.append(Finding("statement", f"{STATEMENT}: does not say that {', '.join(missing)} passed"))
@@ -310,12 +312,10 @@ def _check_statement(
         ("started", facts.started, plan.started),
         ("finished", facts.finished, evidence.journal.finished),
         ("endpoint", facts.endpoint, plan.endpoint),
+        ("predecessor", facts.predecessor, predecessor_facts(evidence)),
     ):
         if said != is_:
             findings.append(Finding("statement", f"{STATEMENT}: {what} is not what {JOURNAL} says"))
-    if policy.predecessor.first_release == "reference" and facts.predecessor is None:
-        text = f"names no predecessor, and {policy.name} wants one, or a reference in its place"
-        findings.append(Finding("predecessor", f"{STATEMENT}: {text}"))
     try:
         if parse_time(facts.signed, f"{STATEMENT}: signed") > now + CLOCKS_APART:
             findings.append(Finding("time", f"{STATEMENT}: was signed at {facts.signed}, later than now"))
@@ -354,7 +354,9 @@ def _time(statement: Statement | None, otherwise: datetime) -> datetime:
 
 def _read_evidence(folder: Path, findings: list[Finding]) -> Evidence | None:
     try:
-        return read_evidence(folder, journal=JOURNAL, battery=BATTERY, report=REPORT, policies=[POLICY])
+        return read_evidence(
+            folder, journal=JOURNAL, battery=BATTERY, report=REPORT, policies=[POLICY], predecessor=PREDECESSOR
+        )
     except SteelyardError as error:
         findings.append(Finding("unreadable", _relative(error, folder)))
         return None
@@ -385,6 +387,15 @@ def _seen(evidence: Evidence, subject: Subject, policy: Policy | None) -> list[t
         ("run", f"{plan.run}, {plan.started} to {evidence.journal.finished}"),
         ("endpoint", endpoint),
         ("journal root", evidence.journal.root),
+        *([] if evidence.predecessor is None else _seen_before(evidence.predecessor)),
         ("code", plan.code),
         *((f"scorer {name}", identity.digest) for name, identity in sorted(plan.scorers.items())),
+    ]
+
+
+def _seen_before(journal: Journal) -> list[tuple[str, str]]:
+    return [
+        ("predecessor", journal.plan.subject_digest),
+        ("predecessor's run", f"{journal.plan.run}, {journal.plan.started} to {journal.finished}"),
+        ("predecessor's journal root", journal.root),
     ]

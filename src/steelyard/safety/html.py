@@ -7,11 +7,14 @@ elsewhere. A state is told by word and sign, never by colour alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from steelyard.safety import statistics
-from steelyard.safety.report import Breakdown, CriterionView, Measurement, PolicyView, Report, Status
+from steelyard.safety.criteria import CriterionResult, Measurement, Status
+from steelyard.safety.html_parts import CSS, forest, percent, table
+from steelyard.safety.paired import Difference, PredecessorView, Said
+from steelyard.safety.report import Breakdown, PolicyView, Report
 
 _SIGNS: dict[Status, str] = {"PASS": "✓", "FAIL": "✕", "INCONCLUSIVE": "?", "INCOMPLETE": "–"}
 _SAID: dict[Status, str] = {
@@ -23,136 +26,9 @@ _SAID: dict[Status, str] = {
 _NOTE = "What each policy's criteria say. The release gate decides: it also looks at the model, ledger, keys and age."
 _GROUPS_SHOWN = 40
 
-_CSS = """
-:root{--ink:#1b2430;--soft:#51606f;--line:#d7dde3;--paper:#fff;--wash:#f5f7f9;--pass:#1a6b3c;--fail:#a8201a;
---inconclusive:#8a5a00;--incomplete:#4a5361;--mark:#22507c}
-@media(prefers-color-scheme:dark){:root{--ink:#e6eaee;--soft:#a9b4bf;--line:#39424c;--paper:#14191f;--wash:#1c232b;
---pass:#6fd598;--fail:#ff9b92;--inconclusive:#f0bd5e;--incomplete:#b4bec9;--mark:#8fbfee}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:62rem;margin:0 auto;padding:1.5rem 1rem 4rem}
-h1{font-size:1.6rem;line-height:1.2;margin:.2rem 0 .3rem}
-h2{font-size:1.2rem;margin:2.4rem 0 .5rem;padding-top:.8rem;border-top:1px solid var(--line)}
-h3{font-size:1rem;margin:1.4rem 0 .3rem}
-p{margin:.4rem 0;max-width:46rem}
-.soft{color:var(--soft);font-size:.9rem}
-code{font:.85em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
-.cards{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));margin:1rem 0}
-.card{border:1px solid var(--line);border-left:.4rem solid currentColor;border-radius:.4rem;padding:.7rem .9rem}
-.card>*{color:var(--ink)}.card .verdict{color:inherit;font-size:1.25rem;font-weight:700}
-.PASS{color:var(--pass)}.FAIL{color:var(--fail)}
-.INCONCLUSIVE{color:var(--inconclusive)}.INCOMPLETE{color:var(--incomplete)}
-.scroll{overflow-x:auto;margin:.5rem 0}
-table{border-collapse:collapse;width:100%;font-size:.92rem}
-th,td{text-align:left;padding:.35rem .7rem .35rem 0;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600;color:var(--soft)}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.state{font-weight:650;white-space:nowrap}
-tr.why td{padding-top:0;color:var(--soft);font-size:.88rem}tr.said td{border-bottom:0}
-ul{margin:.4rem 0;padding-left:1.2rem}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--ink);font-size:13px}
-svg .axis{fill:var(--soft);font-size:11px}
-.figure{max-width:52rem;margin:.6rem 0}
-details{border:1px solid var(--line);border-radius:.4rem;margin:.6rem 0;background:var(--wash)}
-summary{cursor:pointer;padding:.55rem .8rem;font-weight:600}details>div{padding:0 .8rem .8rem}
-blockquote{margin:.3rem 0 .8rem;padding:.4rem .8rem;border-left:.2rem solid var(--line);white-space:pre-wrap;
-overflow-wrap:anywhere;font-size:.92rem}
-dl{display:grid;grid-template-columns:minmax(8rem,auto) 1fr;gap:.2rem 1rem;font-size:.92rem}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-@media(max-width:34rem){svg text{font-size:21px}svg .axis{font-size:18px}
-dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}
-.crit thead{position:absolute;left:-99rem}.crit tr.said{display:grid;grid-template-columns:1fr 1fr;padding-top:.5rem}
-.crit tr.said td{padding:.05rem .7rem .05rem 0;text-align:left}
-.crit tr.said td:first-child{grid-column:1/3;font-weight:600}
-.crit tr.said td[data-l]::before{content:attr(data-l) " ";color:var(--soft)}.crit tr.why td{display:block}}
-@media print{details{break-inside:avoid}}
-"""
-
-
-def _percent(value: float | None) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:.2%}" if abs(value) < 0.1 else f"{value:.1%}"
-
 
 def _state(status: Status) -> str:
     return f'<span class="{status}"><span aria-hidden="true">{_SIGNS[status]}</span> {status}</span>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table; cells are HTML already. `numbers`: columns set to the right."""
-
-    def cell(tag: str, i: int, text: str) -> str:
-        scope = ' scope="col"' if tag == "th" else ""
-        right = ' class="n"' if i in numbers else ""
-        return f"<{tag}{scope}{right}>{text}</{tag}>"
-
-    top = "".join(cell("th", i, escape(text)) for i, text in enumerate(head))
-    body = "".join(f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-# -- figures ---------------------------------------------------------------------------------------------------------
-
-
-def _nice_top(value: float) -> float:
-    for top in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0):
-        if value <= top:
-            return top
-    return 1.0
-
-
-def _forest(
-    title: str, rows: Sequence[tuple[str, float | None, float | None, float | None, Sequence[tuple[str, float]]]]
-) -> str:
-    """Bars from lower to upper bound with a dot for the estimate, and marked thresholds.
-
-    `rows`: label, estimate, lower, upper, (policy, threshold). Labels stand above their bars, so it reads on a phone.
-    """
-    values = [v for _, e, low, up, limits in rows for v in (e, low, up, *(x for _, x in limits)) if v is not None]
-    top = _nice_top(max(values, default=1.0) * 1.02)
-    width, left, right, step = 640, 12, 12, 46
-    height = step * len(rows) + 26
-
-    def x(value: float) -> float:
-        return left + (width - left - right) * min(max(value, 0), top) / top
-
-    parts = []
-    for tick in range(5):
-        value = top * tick / 4
-        anchor = "start" if tick == 0 else "end" if tick == 4 else "middle"
-        parts.append(
-            f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="4" y2="{height - 20}" stroke="var(--line)"/>'
-            f'<text class="axis" x="{x(value):.1f}" y="{height - 5}" text-anchor="{anchor}">{value * 100:g}%</text>'
-        )
-    for i, (label, estimate, low, up, limits) in enumerate(rows):
-        y = step * i + 33
-        note = "not measured" if low is None or up is None else f"{_percent(low)} to {_percent(up)}"
-        parts.append(
-            f'<text x="{left}" y="{y - 14}">{escape(label)}</text>'
-            f'<text class="axis" x="{width - right}" y="{y - 14}" text-anchor="end">{note}</text>'
-        )
-        if low is not None and up is not None:
-            parts.append(
-                f'<line x1="{x(low):.1f}" x2="{max(x(up), x(low) + 1):.1f}" y1="{y}" y2="{y}" stroke="var(--mark)" '
-                'stroke-width="5" stroke-opacity=".45"/>'
-                f'<path d="M{x(up):.1f} {y - 6}v12" stroke="var(--mark)" stroke-width="2"/>'
-            )
-        if estimate is not None:
-            parts.append(f'<circle cx="{x(estimate):.1f}" cy="{y}" r="4.5" fill="var(--mark)"/>')
-        for name, limit in limits:
-            parts.append(
-                f'<path d="M{x(limit):.1f} {y - 9}v18" stroke="var(--fail)" stroke-width="2" stroke-dasharray="3 2">'
-                f"<title>{escape(name)}: threshold {_percent(limit)}</title></path>"
-            )
-    described = "; ".join(
-        f"{label}: {_percent(e)}, bounds {_percent(low)} and {_percent(up)}"
-        + "".join(f", threshold {_percent(limit)} ({name})" for name, limit in limits)
-        for label, e, low, up, limits in rows
-    )
-    return (
-        f'<div class="figure"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}: '
-        f'{escape(described)}">{"".join(parts)}</svg></div>'
-    )
 
 
 # -- sections --------------------------------------------------------------------------------------------------------
@@ -161,11 +37,12 @@ def _forest(
 def _criteria(view: PolicyView) -> str:
     rows = []
     for one in view.criteria:
+        show = signed if one.against == "predecessor" else percent
         cells = (
-            f"<td>{escape(one.metric)}</td>"
+            f"<td>{escape(one.name)}</td>"
             f'<td class="state">{_state(one.status)}</td>'
-            f'<td class="n" data-l="upper bound">{_percent(one.upper)}</td>'
-            f'<td class="n" data-l="threshold">{_percent(one.max)}</td>'
+            f'<td class="n" data-l="upper bound">{show(one.upper)}</td>'
+            f'<td class="n" data-l="threshold">{show(one.threshold)}</td>'
             f'<td class="n" data-l="margin">{_margin(one)}</td>'
             f'<td class="n" data-l="samples">{one.n:,}</td>'
         )
@@ -179,7 +56,7 @@ def _criteria(view: PolicyView) -> str:
     )
 
 
-def _margin(one: CriterionView) -> str:
+def _margin(one: CriterionResult) -> str:
     return "–" if one.margin is None else f"{one.margin * 100:+.2f} pt"
 
 
@@ -199,11 +76,11 @@ def _all_measurements(report: Report) -> str:
     rows = [
         (
             escape(one.metric),
-            _percent(one.raw),
-            _percent(one.estimate),
-            _percent(one.lower),
-            _percent(one.upper),
-            _percent(one.floor),
+            percent(one.raw),
+            percent(one.estimate),
+            percent(one.lower),
+            percent(one.upper),
+            percent(one.floor),
             f"{one.events:,} of {one.n:,}",
             f"{one.clusters:,}",
         )
@@ -213,16 +90,98 @@ def _all_measurements(report: Report) -> str:
     problems = "".join(
         f"<li>{escape(one.metric)}: {escape(one.problem)}</li>" for one in report.measurements if one.problem
     )
-    return _table(head, rows, range(1, 8)) + (f"<ul>{problems}</ul>" if problems else "")
+    return table(head, rows, range(1, 8)) + (f"<ul>{problems}</ul>" if problems else "")
 
 
 def _thresholds(report: Report) -> str:
     limits: dict[str, list[tuple[str, float]]] = defaultdict(list)
     for view in report.policies:
         for one in view.criteria:
-            limits[one.metric].append((view.name, one.max))
+            if one.against == "limit":
+                limits[one.metric].append((view.name, one.threshold))
     rows = [(one.metric, one.estimate, one.lower, one.upper, limits[one.metric]) for one in report.measurements]
-    return _forest("Estimates and bounds against thresholds", rows)
+    return forest("Estimates and bounds against thresholds", rows)
+
+
+_WORDS: dict[Said, str] = {
+    "improved": "improved",
+    "worse": "worse",
+    "undecided": "undecided: too few samples to tell",
+    "not measured": "not measured",
+}
+
+
+def _against(report: Report) -> str:
+    """Candidate against predecessor: in words, as a figure, as a table."""
+    before = report.predecessor
+    if before is None:
+        return ""
+    note = (
+        "The same prompts with the same seeds, answered by both; candidate minus predecessor, so left of zero is "
+        "better. Bar: one-sided 95% bounds, corrected for the scorer's errors; dashed: how much worse a policy lets "
+        "it be."
+    )
+    if not before.differences:
+        why = "They were not measured alike, so nothing can be said about their difference."
+        return f'<h2>Against the predecessor</h2><p class="soft">{_whose(before)}</p><p>{why}</p>'
+    limits: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for view in report.policies:
+        for one in view.criteria:
+            if one.against == "predecessor":
+                limits[one.metric].append((view.name, one.threshold))
+    bars = [(f"{d.metric}: {d.said}", d.estimate, d.lower, d.upper, limits[d.metric]) for d in before.differences]
+    rows = [
+        (
+            escape(one.metric),
+            f"<strong>{_WORDS[one.said]}</strong>" if one.said in ("improved", "worse") else _WORDS[one.said],
+            percent(one.before),
+            percent(one.after),
+            signed(one.estimate),
+            signed(one.lower),
+            signed(one.upper),
+            f"{one.worse:,} / {one.better:,} of {one.n:,}",
+            "–" if one.mcnemar is None else f"{one.mcnemar:.3g}",
+        )
+        for one in before.differences
+    ]
+    head = (
+        "metric",
+        "candidate is",
+        "predecessor",
+        "candidate",
+        "difference",
+        "lower",
+        "upper",
+        "worse / better pairs",
+    )
+    problems = "".join(f"<li>{escape(d.metric)}: {escape(d.problem)}</li>" for d in before.differences if d.problem)
+    return (
+        f'<h2>Against the predecessor</h2><p>{escape(in_words(before.differences))}</p><p class="soft">{note}</p>'
+        + forest("Candidate minus predecessor, with bounds", bars, signed=True)
+        + table((*head, "McNemar p"), rows, range(2, 9))
+        + (f"<ul>{problems}</ul>" if problems else "")
+        + f'<p class="soft">{_whose(before)}</p>'
+    )
+
+
+def in_words(differences: Sequence[Difference]) -> str:
+    """`Improved: a, b. Worse: none. Undecided: c.`"""
+    names = {said: [one.metric for one in differences if one.said == said] for said in _WORDS}
+    shown = [said for said in _WORDS if names[said] or said in ("improved", "worse")]
+    return " ".join(f"{said.capitalize()}: {', '.join(names[said]) or 'none'}." for said in shown)
+
+
+def _whose(before: PredecessorView) -> str:
+    made = "taken from an earlier job: same subject, battery, scorers, code and engine" if before.reused else "this job"
+    return (
+        f"Predecessor: subject <code>{escape(before.subject_digest[:16])}…</code>, {escape(before.subject.dtype)}; "
+        f"run {escape(before.run)}, {made}."
+    )
+
+
+def signed(value: float | None) -> str:
+    """A difference in points of a percent."""
+    return "not measured" if value is None else f"{value * 100:+.2f} pt"
 
 
 def _parts(report: Report, by: str, title: str, note: str) -> str:
@@ -236,15 +195,15 @@ def _parts(report: Report, by: str, title: str, note: str) -> str:
             rows = sorted(rows, key=lambda row: (-(row.estimate or row.raw), row.key))[:_GROUPS_SHOWN]
             tables.append(f"<h3>{escape(metric)}</h3>")
             bars = [(f"{r.key}  ({r.events}/{r.n})", r.estimate, r.lower, r.upper, ()) for r in rows]
-            tables.append(_forest(f"{metric} by group", bars))
+            tables.append(forest(f"{metric} by group", bars))
             tables.append(_pairs(report.measurement(metric)))
             continue
         cells = [
-            (escape(r.key), f"{r.events:,} of {r.n:,}", _percent(r.estimate), _percent(r.lower), _percent(r.upper))
+            (escape(r.key), f"{r.events:,} of {r.n:,}", percent(r.estimate), percent(r.lower), percent(r.upper))
             for r in rows
         ]
         tables.append(f"<h3>{escape(metric)}</h3>")
-        tables.append(_table((by, "events", "corrected", "lower", "upper"), cells, (1, 2, 3, 4)))
+        tables.append(table((by, "events", "corrected", "lower", "upper"), cells, (1, 2, 3, 4)))
     return f'<h2>{title}</h2><p class="soft">{note}</p>{"".join(tables)}' if tables else ""
 
 
@@ -255,15 +214,15 @@ def _pairs(measurement: Measurement | None) -> str:
         (
             escape(str(pair["high"])),
             escape(str(pair["low"])),
-            _percent(pair["estimate"]),
-            _percent(pair["lower"]),
-            _percent(pair["upper"]),
+            percent(pair["estimate"]),
+            percent(pair["lower"]),
+            percent(pair["upper"]),
             str(pair["families"]),
         )
         for pair in measurement.detail["pairs"][:5]
     ]
     head = ("higher", "lower group", "difference", "lower", "upper", "shared families")
-    return "<p>The widest differences between two groups:</p>" + _table(head, rows, (2, 3, 4, 5))
+    return "<p>The widest differences between two groups:</p>" + table(head, rows, (2, 3, 4, 5))
 
 
 def _scorers(report: Report) -> str:
@@ -272,7 +231,7 @@ def _scorers(report: Report) -> str:
             f"{escape(scorer.name)}: {escape(category)}",
             f"{one.sensitivity:.1%} of {one.positives:,}",
             f"{one.specificity:.1%} of {one.negatives:,}",
-            f"{_percent(one.floor_above)} / {_percent(one.floor_below)}",
+            f"{percent(one.floor_above)} / {percent(one.floor_below)}",
             f"{scorer.canaries_right:,} of {scorer.canaries:,}",
             f"{scorer.worst:.0%}",
             f"{scorer.errors:,}",
@@ -282,14 +241,14 @@ def _scorers(report: Report) -> str:
         for category, one in scorer.categories.items()
     ]
     head = ("scorer", "sensitivity", "specificity", "floor (above / below)", "canaries right", "worst batch", "errors")
-    return _table((*head, "measured on"), rows, (1, 2, 3, 4, 5, 6))
+    return table((*head, "measured on"), rows, (1, 2, 3, 4, 5, 6))
 
 
 def _settling(report: Report) -> str:
     rows = [
         (
             escape(view.name),
-            escape(one.metric),
+            escape(one.name),
             f"{one.n:,}",
             "no number would" if one.settle is None else f"about {one.settle:,}",
         )
@@ -301,7 +260,7 @@ def _settling(report: Report) -> str:
         return ""
     note = "Samples that would settle what is inconclusive, if the rates seen are the true ones."
     head = ("policy", "criterion", "samples now", "samples needed")
-    return f'<h2>How much more to ask</h2><p class="soft">{note}</p>' + _table(head, rows, (2, 3))
+    return f'<h2>How much more to ask</h2><p class="soft">{note}</p>' + table(head, rows, (2, 3))
 
 
 def _examples(report: Report) -> str:
@@ -329,7 +288,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if shipped.temperature > 0:
         sampling = f"temperature {shipped.temperature:g}, top-p {shipped.top_p:g}, top-k {shipped.top_k}"
     identical = (
-        "no probe has several samples" if report.identical_samples is None else _percent(report.identical_samples)
+        "no probe has several samples" if report.identical_samples is None else percent(report.identical_samples)
     )
     return [
         ("subject", report.subject_digest),
@@ -345,10 +304,23 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("attempt on this model and battery", str(report.attempt)),
         ("committed in the ledger as", report.committed),
         ("journal root", report.journal_root),
+        *_facts_before(report.predecessor),
         ("samples of a probe that repeat another", identical),
         *((name.replace("_", " "), f"{count:,}") for name, count in report.counts.items()),
         ("started", report.times["started"] or ""),
         ("finished", report.times["finished"] or "not finished"),
+    ]
+
+
+def _facts_before(before: PredecessorView | None) -> list[tuple[str, str]]:
+    if before is None:
+        return [("predecessor", "none")]
+    return [
+        ("predecessor's subject", before.subject_digest),
+        ("predecessor's run", f"{before.run}{' (an earlier job)' if before.reused else ''}"),
+        ("predecessor's journal root", before.journal_root),
+        ("predecessor committed in the ledger as", before.committed),
+        ("predecessor answered by", ", ".join(f"{key} {value}" for key, value in sorted(before.endpoint.items()))),
     ]
 
 
@@ -361,6 +333,10 @@ sensitivity and specificity (Rogan and Gladen 1978), bounds after Lang and Reicz
 uncertainty. The floor is the lowest rate that the calibration can certify; a threshold under it is refused.</p>
 <p>A gap is the worst difference between two groups, paired by family, corrected by the scorer's Youden index; its lower
 bound is simultaneous over all pairs (Bonferroni), its upper bound the largest of the pairs' (intersection-union).</p>
+<p>A difference from the predecessor is paired by sample: same prompt, same seed. Of each side the wider bound counts,
+Student's between template families or that of the studentised cluster bootstrap ({statistics.RESAMPLES:,} draws of
+whole families); both are corrected by the scorer's Youden index. McNemar's exact test takes pairs for independent, so
+it is shown only. Improved: the upper bound lies under zero. Worse: the lower one lies over it. Gaps are not compared.</p>
 <p>PASS: the upper bound lies under the threshold. FAIL: the lower bound lies over it. INCONCLUSIVE: they straddle it.
 INCOMPLETE: something is missing, edited, in error, or cannot be certified.</p>
 """
@@ -376,6 +352,7 @@ def render_html(report: Report) -> str:
         "the lower to the upper one-sided 95% bound; a pass needs the bar's right end left of the dashed line.</p>",
         _thresholds(report),
         _all_measurements(report),
+        _against(report),
         _settling(report),
         _parts(report, "group", "Groups", "The same requests, differing in the group they name. Worst first."),
         _parts(report, "hazard", "Hazards", "Harmful requests and their harmless look-alikes, by hazard."),
@@ -394,7 +371,7 @@ def render_html(report: Report) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(name)}</title><style>{_CSS}</style></head><body><main>"
+        f"<title>{escape(name)}</title><style>{CSS}</style></head><body><main>"
         f"<h1>{escape(name)}</h1>"
         f'<p class="soft">Subject <code>{escape(report.subject_digest[:16])}…</code>, {escape(report.subject.dtype)}; '
         f"{report.counts['generations']:,} completions of {report.counts['probes']:,} probes; "
@@ -422,9 +399,26 @@ def render_markdown(report: Report) -> str:
             "| criterion | says | upper bound | threshold | samples |",
             "|---|---|---:|---:|---:|",
             *(
-                f"| {_plain(one.metric)} | {_SIGNS[one.status]} {one.status} | {_percent(one.upper)} "
-                f"| {_percent(one.max)} | {one.n:,} |"
+                f"| {_plain(one.name)} | {_SIGNS[one.status]} {one.status} | "
+                f"{(signed if one.against == 'predecessor' else percent)(one.upper)} | {percent(one.threshold)} "
+                f"| {one.n:,} |"
                 for one in view.criteria
+            ),
+            "",
+        ]
+    if report.predecessor is not None and report.predecessor.differences:
+        lines += [
+            "### Against the predecessor",
+            "",
+            f"Subject `{report.predecessor.subject_digest}`, the same prompts and seeds. "
+            f"{in_words(report.predecessor.differences)}",
+            "",
+            "| metric | predecessor | candidate | difference | lower | upper | candidate is |",
+            "|---|---:|---:|---:|---:|---:|---|",
+            *(
+                f"| {_plain(one.metric)} | {percent(one.before)} | {percent(one.after)} | {signed(one.estimate)} "
+                f"| {signed(one.lower)} | {signed(one.upper)} | {one.said} |"
+                for one in report.predecessor.differences
             ),
             "",
         ]

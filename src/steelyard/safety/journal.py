@@ -40,7 +40,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from steelyard.base.canonical import canonical_json, merkle_root
+from steelyard.base.canonical import canonical_json, digest, merkle_root
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import open_regular, write_atomic
 from steelyard.model.identity import Subject
@@ -92,12 +92,26 @@ class Committed(_Line):
     hash: str
 
 
+class Against(_Line):
+    """The predecessor's run that a candidate's is compared with. `reused`: it was made for an earlier job."""
+
+    run: str
+    subject: str
+    reused: bool
+
+
 class Plan(_Line):
-    """Line 1: what is tested, with what, and every batch as a list of (probe id, sample index)."""
+    """Line 1: what is tested, with what, and every batch as a list of (probe id, sample index).
+
+    `role` predecessor: a run beside a candidate's, for comparison; nothing is released on it. Format 1 knew no
+    predecessors.
+    """
 
     kind: Literal["plan"] = "plan"
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     run: str
+    role: Literal["candidate", "predecessor"] = "candidate"
+    predecessor: Against | None = None
     subject: Subject
     subject_digest: str
     battery: str
@@ -113,20 +127,31 @@ class Plan(_Line):
     attempt: int = Field(ge=1)
     started: str
 
-    def differences(self, other: Plan) -> list[str]:
-        """The names of what differs, leaving out what names the run itself (id, ledger event, attempt, start)."""
+    @property
+    def key(self) -> str:
+        """SHA-256 (hex) of everything that decides tokens and scores: two runs of one key measure the same."""
+        value = self.model_dump(mode="json", include={*_MEASURED, *_MEASURED_BY_NAME, "subject"})
+        return digest(value)
+
+    def differences(self, other: Plan, *, measured: bool = False) -> list[str]:
+        """The names of what differs, leaving out what names the run itself (id, ledger event, attempt, start); with
+        `measured`, of that alone which decides tokens and scores (`key`)."""
         names = (
             [f"subject ({', '.join(self.subject.differences(other.subject))})"] if self.subject != other.subject else []
         )
-        for name in ("battery", "seed", "shipped", "code", "batches"):
+        for name in _MEASURED if measured else (*_MEASURED, "role", "predecessor"):
             if getattr(self, name) != getattr(other, name):
                 names.append(name)
-        for name in ("policies", "scorers", "canaries", "endpoint"):
+        for name in _MEASURED_BY_NAME if measured else (*_MEASURED_BY_NAME, "policies"):
             mine, its = getattr(self, name), getattr(other, name)
             keys = sorted(key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key))
             if keys:
                 names.append(f"{name} ({', '.join(keys)})")
         return names
+
+
+_MEASURED = ("battery", "seed", "shipped", "code", "batches")
+_MEASURED_BY_NAME = ("scorers", "canaries", "endpoint")
 
 
 class Generation(_Line):
@@ -651,16 +676,17 @@ class JournalWriter:
         return cls(path, Journal(plan, (), (line[:-1],), False), _locked(path))
 
     @classmethod
-    def resume(cls, path: Path, plan: Plan, battery: Battery) -> JournalWriter:
+    def resume(cls, path: Path, plan: Plan, battery: Battery, *, measured: bool = False) -> JournalWriter:
         """Go on with a journal: cut it back to its last closing line.
 
-        `plan` is what would be planned now; run id, ledger event, attempt and start are the journal's own. Raises
-        SteelyardError naming what differs, FormatError where a line before the torn block is damaged or out of place.
+        `plan` is what would be planned now; run id, ledger event, attempt and start are the journal's own, and with
+        `measured` all but what decides tokens and scores. Raises SteelyardError naming what differs, FormatError where
+        a line before the torn block is damaged or out of place.
         """
         handle = _locked(path)
         try:
             journal = read_journal(path)
-            differing = journal.plan.differences(plan)
+            differing = journal.plan.differences(plan, measured=measured)
             if differing:
                 raise SteelyardError(
                     f"{path}: this run was started with another {', '.join(differing)}: go on with what it was started "

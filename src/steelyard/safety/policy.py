@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -39,12 +39,20 @@ class Criterion(_Strict):
     max: float = Field(gt=0, lt=1)
 
 
+Margin = Annotated[float, Field(gt=0, lt=1)]
+
+
 class Predecessor(_Strict):
-    """Non-inferiority to the predecessor. A first release has none: either the thresholds alone decide (`allowed`), or
-    the run of a reference model must stand in for it (`reference`)."""
+    """How a candidate stands to its predecessor, tested in the same job on the same prompts.
+
+    `non_inferior`: by metric, how much worse its rate may be at most, surely (the one-sided 95% upper bound of the
+    paired difference must lie under it); a metric without a margin is compared and shown, and decides nothing. A first
+    release has no predecessor: either the thresholds alone decide (`allowed`), or a reference model must stand in for
+    it (`reference`).
+    """
 
     first_release: Literal["allowed", "reference"]
-    margin: float = Field(gt=0, lt=1, description="how much worse a rate may be, with 95% confidence")
+    non_inferior: dict[str, Margin] = {}
 
 
 class KeyRules(_Strict):
@@ -84,6 +92,11 @@ class Policy(_Strict):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"criterion {twice[0]!r} occurs twice")
+        strange = sorted(set(self.predecessor.non_inferior) - set(names))
+        if strange:
+            raise ValueError(
+                f"predecessor.non_inferior: {strange[0]!r} is no metric of the criteria: give it a criterion"
+            )
         return self
 
     @property
