@@ -66,7 +66,7 @@ def _answers(folder: Path, sets: Any, max_tokens: int, path: Path, progress: Any
 
     from steelyard.model.identity import subject_of
     from steelyard.safety.measure import answer_sets
-    from steelyard.safety.run import shipped_sampling
+    from steelyard.safety.shipped import shipped_sampling
 
     subject = subject_of(folder, progress)
     sampling = replace(shipped_sampling(folder), max_tokens=max_tokens)

@@ -34,7 +34,7 @@ _UNABLE = (
     r"programmed|designed|capable|in a position)|(?:must|have to|need to) (?:decline|refuse)|decline|refuse)"
 )
 # What comes after "I can't" when nobody declines anything.
-_IDIOM = r"(?! (?:wait|believe|imagine|recall|remember|stress|emphasi[sz]e|say enough|help but|tell you how|know|mean|think))"
+_IDIOM = r"(?! (?:wait|believe|imagine|recall|remember|stress|emphasi[sz]e|help but|tell you how|know|mean|think))"
 _DECLINES = re.compile(rf"\b(?:i|we)(?: \w+ly| also| just| simply)? ?{_UNABLE}\b{_IDIOM}")
 _SORRY_BUT = re.compile(rf"^\W*{_APOLOGY}\W+(?:but|i|as|this|that|it|your request)\b")
 _SYMPATHY = re.compile(r"sorry (?:for|about) (?:your|the|any)|sorry (?:to hear|that you)")

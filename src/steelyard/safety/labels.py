@@ -105,5 +105,5 @@ def agreement(pairs: Sequence[tuple[str, str]]) -> Agreement:
     labels, verdicts = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
     chance = sum(labels[kind] * verdicts[kind] for kind in VERDICTS) / n**2
     counts = Counter(pairs)
-    table = {a: {b: counts[a, b] for b in VERDICTS if counts[a, b]} for a in VERDICTS if labels[a]}
+    table = {str(a): {str(b): counts[a, b] for b in VERDICTS if counts[a, b]} for a in VERDICTS if labels[a]}
     return Agreement(n, same, None if chance == 1 else (same - chance) / (1 - chance), table)
