@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import tokenizers
@@ -12,6 +13,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from steelyard.base.errors import SteelyardError, UsageError
+from steelyard.base.progress import Silent
 from steelyard.inference.endpoint import Endpoint, Message, Request, Sampling
 from steelyard.inference.local import LocalEndpoint
 from steelyard.model.formats import save_folder
@@ -82,6 +84,58 @@ def test_a_character_cut_by_max_tokens_is_left_out_whole(folder: Callable[[str],
     assert texts == ["a", "a", "a", "a→", "a→", "a→é", "a→é"]
 
 
+def test_streams_what_it_would_generate_in_whole_characters(folder: Callable[[str], Path]) -> None:
+    endpoint = LocalEndpoint.open(folder("Così→27 kg!"))
+    for request in (
+        ask("a"),
+        ask("b", stop=("27 kilo", "kg")),
+        ask("c", max_tokens=6),
+        ask("d", stop=("absent", " k")),
+    ):
+        pieces = list(endpoint.stream(request))
+        assert "".join(pieces) == endpoint.generate([request])[0].text
+        assert all(pieces)
+        assert "\ufffd" not in "".join(pieces)
+    assert list(endpoint.stream(ask("a")))[:4] == ["C", "o", "s", "ì"]
+    stream = endpoint.stream(ask("a"))
+    assert next(stream) == "C"
+    with pytest.raises(SteelyardError, match="serving other requests"):
+        endpoint.generate([ask("b")])
+    stream.close()  # type: ignore[attr-defined]
+    assert endpoint.engine.idle
+    both = [endpoint.stream(ask("a")), endpoint.stream(ask("b", max_tokens=3))]
+    assert [next(both[0]), next(both[1]), next(both[0]), *both[1], *both[0]][-4:] == [" ", "k", "g", "!"]
+    with pytest.raises(SteelyardError, match="request long-one"):
+        next(endpoint.stream(ask("b", "long-one", max_tokens=90)))
+
+
+def test_logprobs_of_text(folder: Callable[[str], Path]) -> None:
+    endpoint = LocalEndpoint.open(folder("aé"))
+    plain, asked = endpoint.generate([ask("x"), ask("x", logprobs=2)])
+    assert plain.logprobs is None
+    assert asked.logprobs is not None
+    assert [each.chosen.text for each in asked.logprobs] == ["a", "\ufffd", "\ufffd", "<e>"]
+    assert [each.chosen.token for each in asked.logprobs] == list(asked.tokens or ())
+    assert all(each.top[0] == each.chosen and len(each.top) == 2 for each in asked.logprobs)
+
+
+def test_the_cache_is_stated_before_the_start(folder: Callable[[str], Path]) -> None:
+    class Said(Silent):
+        lines: ClassVar[list[str]] = []
+
+        def say(self, text: str) -> None:
+            self.lines.append(text)
+
+    place = folder("ab")
+    endpoint = LocalEndpoint.open(place, rows=2, cache_bytes=2**12, progress=Said())
+    assert endpoint.identity()["cache_bytes"] == 2304
+    assert Said.lines == [
+        "key/value cache: up to 0 MiB (cache_bytes) for 128 tokens; up to 2 requests at a time (rows)"
+    ]
+    with pytest.raises(UsageError, match="cache_bytes 10: one page of 16 tokens takes"):
+        LocalEndpoint.open(place, cache_bytes=10)
+
+
 def test_identity_names_what_changes_rounding(folder: Callable[[str], Path]) -> None:
     place = folder("ab")
     before = torch.get_num_threads()
@@ -103,6 +157,7 @@ def test_identity_names_what_changes_rounding(folder: Callable[[str], Path]) -> 
         torch.set_num_threads(before)
     json.dumps(endpoint.identity())
     assert LocalEndpoint.open(place).identity()["dtype"] == "float32"
+    assert LocalEndpoint.open(place, dtype="int8").identity()["dtype"] == "int8"
     with pytest.raises(UsageError, match="int3"):
         LocalEndpoint.open(place, dtype="int3")
     with pytest.raises(UsageError, match="threads 0"):

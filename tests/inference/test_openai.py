@@ -21,7 +21,15 @@ import pytest
 
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Silent
-from steelyard.inference.endpoint import Completion, Endpoint, Message, Request, Sampling
+from steelyard.inference.endpoint import (
+    Completion,
+    Endpoint,
+    Logprob,
+    Message,
+    Request,
+    Sampling,
+    TokenLogprobs,
+)
 
 httpx = pytest.importorskip("httpx")
 from steelyard.inference import openai  # noqa: E402
@@ -514,3 +522,44 @@ def test_a_real_server_turns_requests_down(llama_server: str) -> None:
         OpenAIEndpoint(llama_server, "smollm2", api_key="sk-wrong").generate([Request("k", "x")])
     with pytest.raises(SteelyardError, match=r"request 'long': HTTP 400 .*maximum context length"):
         endpoint_of(llama_server).generate([Request("long", "word " * 3000)])
+
+
+def test_passes_on_penalties_and_logprobs_and_reads_them(stub: Callable[..., Stub]) -> None:
+    answer = chat_answer()
+    tops = [{"token": "Bon", "logprob": -0.25}, {"token": "Sal", "logprob": -1.5}]
+    answer["choices"][0]["logprobs"] = {"content": [{"token": "Bon", "logprob": -0.25, "top_logprobs": tops}]}
+    plain = text_answer()
+    plain["choices"][0]["logprobs"] = {
+        "tokens": ["Bon", "jour"],
+        "token_logprobs": [-0.25, -2],
+        "top_logprobs": [{"Bon": -0.25}, {"soir": -0.5}],
+    }
+    server = stub(Answer(answer), Answer(plain))
+    given = {"presence_penalty": 0.5, "frequency_penalty": -0.25, "logprobs": 2}
+    found = ask(server, chat(**given))
+    best = Logprob(None, "Bon", -0.25)
+    assert found.logprobs == (TokenLogprobs(best, (best, Logprob(None, "Sal", -1.5))),)
+    sent = server.seen[0][2]
+    assert (sent["presence_penalty"], sent["frequency_penalty"]) == (0.5, -0.25)
+    assert (sent["logprobs"], sent["top_logprobs"]) == (True, 2)
+    found = ask(server, Request("r", "text", Sampling(logprobs=1)))
+    assert found.logprobs is not None
+    assert found.logprobs[1] == TokenLogprobs(Logprob(None, "jour", -2.0), (Logprob(None, "soir", -0.5),))
+    assert server.seen[1][2]["logprobs"] == 1
+    assert "top_logprobs" not in server.seen[1][2]
+
+
+@pytest.mark.parametrize("wrong", [None, {"content": None}, {"content": [{"token": "a"}]}, {"content": [[1]]}, 7])
+def test_missing_logprobs_are_an_error(stub: Callable[..., Stub], wrong: Any) -> None:
+    answer = chat_answer()
+    answer["choices"][0]["logprobs"] = wrong
+    assert "no logprobs" in failure(stub(Answer(answer)), chat(logprobs=1))
+
+
+@pytest.mark.parametrize("setting", [{"min_p": 0.1}, {"repetition_penalty": 1.1}, {"stop_tokens": (5,)}])
+def test_refuses_what_the_protocol_has_no_field_for(stub: Callable[..., Stub], setting: dict[str, Any]) -> None:
+    server = stub(Answer(chat_answer()))
+    message = failure(server, chat(**setting))
+    assert "probe-1" in message
+    assert f"{next(iter(setting))}: the OpenAI protocol has no such setting" in message
+    assert not server.seen

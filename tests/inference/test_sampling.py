@@ -10,8 +10,17 @@ import pytest
 import torch
 
 from steelyard.base.errors import SteelyardError
+from steelyard.inference import sampling as sampling_module
 from steelyard.inference.endpoint import Sampling
-from steelyard.inference.sampling import check_sampling, choose, gumbel, margins, philox
+from steelyard.inference.sampling import (
+    check_sampling,
+    choose,
+    gumbel,
+    log_probabilities,
+    margins,
+    penalise,
+    philox,
+)
 
 DRAW = Sampling(temperature=1.0)
 
@@ -115,6 +124,70 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert together[8] == logits[8].argmax()
 
 
+def test_penalties_are_those_of_transformers_and_openai() -> None:
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    torch.manual_seed(4)
+    logits, history = torch.randn(4, 300) * 3, ([5, 9, 9, 250], [7, 7, 7, 9, 0])
+    samplings = [
+        Sampling(repetition_penalty=1.7),
+        Sampling(),
+        Sampling(presence_penalty=0.5, frequency_penalty=-0.25),
+        Sampling(repetition_penalty=0.8, presence_penalty=-1.0, frequency_penalty=2.0),
+    ]
+    kept = logits.clone()
+    found = penalise(logits, samplings, [history] * 4)
+    assert torch.equal(logits, kept)  # untouched: log-probabilities are read from it
+    seen = torch.tensor([[*history[0], *history[1]]])
+
+    def repeated(row: int, penalty: float) -> torch.Tensor:
+        return RepetitionPenaltyLogitsProcessor(penalty)(seen, logits[row : row + 1].clone())[0]
+
+    assert torch.equal(found[0], repeated(0, 1.7))
+    assert torch.equal(found[1], logits[1])
+    expected, last = logits[2].clone(), repeated(3, 0.8)
+    for token, count in {7: 3, 9: 1, 0: 1}.items():  # of the completion only
+        expected[token] -= 0.5 - 0.25 * count
+        last[token] -= -1.0 + 2.0 * count
+    assert torch.allclose(found[2], expected, atol=1e-6)
+    assert torch.allclose(found[3], last, atol=1e-6)
+    assert penalise(logits, [Sampling()] * 4, [history] * 4) is logits
+    assert penalise(logits.bfloat16(), samplings, [([1], [])] * 4).dtype == torch.float32
+
+
+@pytest.mark.parametrize("sampling", [replace(DRAW, min_p=0.3), replace(DRAW, min_p=0.02, top_p=0.9, top_k=70)])
+def test_min_p_keeps_what_transformers_keeps(sampling: Sampling) -> None:
+    from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    torch.manual_seed(5)
+    logits = torch.randn(20, 2000) * 3
+    samplings = [replace(sampling, temperature=0.5 + i / 10) for i in range(20)]
+    scaled = torch.stack([row / each.temperature for row, each in zip(logits, samplings, strict=True)])
+    ids = torch.zeros(20, 1, dtype=torch.int64)
+    if sampling.top_k:
+        scaled = TopKLogitsWarper(sampling.top_k)(ids, scaled)
+        scaled = TopPLogitsWarper(sampling.top_p)(ids, scaled)
+    kept = MinPLogitsWarper(sampling.min_p)(ids, scaled).isfinite()
+    own, _ = sampling_module._scale(logits, samplings)
+    threshold = sampling_module._thresholds(own, sampling_module._weights(own), samplings)
+    assert threshold is not None
+    assert torch.equal(own >= threshold[:, None], kept)
+    assert 20 < int(kept.sum()) < 2000
+    for seed in range(30):
+        tokens = choose(logits, samplings, [seed] * 20, [0] * 20)
+        assert kept[torch.arange(20), tokens].all()
+
+
+def test_log_probabilities_are_log_softmax() -> None:
+    torch.manual_seed(6)
+    logits = torch.randn(3, 1000) * 5
+    found = log_probabilities(logits, [3, 999, 0], [2, 0, 20])
+    for row, token, (own, top), count in zip(logits.log_softmax(-1), [3, 999, 0], found, [2, 0, 20], strict=True):
+        assert own == pytest.approx(float(row[token]), abs=1e-5)
+        assert [token for token, _ in top] == row.topk(count).indices.tolist()
+        assert [value for _, value in top] == pytest.approx(row.topk(count).values.tolist(), abs=1e-5)
+
+
 def test_greedy_is_argmax_and_ties_go_to_the_lowest() -> None:
     torch.manual_seed(1)
     logits = torch.randn(20, 5000).bfloat16()  # so coarse that ties abound
@@ -166,6 +239,15 @@ def test_broken_logits_are_told(broken: float, sampling: Sampling) -> None:
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": float("nan")}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"stop_tokens": (3, -1)}, "stop token"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
         ({"stop": ("a", "")}, "stop"),
     ],
 )

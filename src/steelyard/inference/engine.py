@@ -276,7 +276,7 @@ class Engine:
             self.counts.prefilled += sum(part.stop - part.start for part in plan.parts)
             ready = Plan()
             for part, row in zip(plan.parts, logits, strict=True):
-                begun = self._schedule.read(part, row)
+                begun = self._schedule.read(part, row.clone())  # rows are kept for others, their neighbours not
                 ready.copies += begun.copies
                 ready.started += begun.started
             self._begin(ready, events)

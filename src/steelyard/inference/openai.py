@@ -101,13 +101,24 @@ class OpenAIEndpoint:
         Sampling settings that the protocol has no field for are refused before anything is sent.
         """
         for request in requests:
-            _check_settings(request)
+            self._check_settings(request)
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             return asyncio.run(self._generate(requests))
         with ThreadPoolExecutor(1) as pool:  # the caller has a loop of its own, as notebooks do
             return pool.submit(asyncio.run, self._generate(requests)).result()
+
+    def _check_settings(self, request: Request) -> None:
+        """Refuse what the protocol has no field for: servers would ignore it, or each call it something else."""
+        sampling, plain = request.sampling, Sampling()
+        for name in ("min_p", "repetition_penalty", "stop_tokens"):
+            if getattr(sampling, name) != getattr(plain, name):
+                reason = f"{name}: the OpenAI protocol has no such setting: leave it out, or use a local endpoint"
+                raise self._error(self._url(request), request, reason)
+
+    def _url(self, request: Request) -> str:
+        return f"{self.base_url}/{'completions' if isinstance(request.prompt, str) else 'chat/completions'}"
 
     async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
         done: list[Completion | None] = [None] * len(requests)
@@ -134,7 +145,7 @@ class OpenAIEndpoint:
 
     async def _complete(self, client: httpx.AsyncClient, request: Request) -> Completion:
         chat = not isinstance(request.prompt, str)
-        url = f"{self.base_url}/{'chat/completions' if chat else 'completions'}"
+        url = self._url(request)
         body = json.dumps(self._body(request)).encode()
         for attempt in range(self.retries + 1):
             try:
@@ -227,17 +238,6 @@ class OpenAIEndpoint:
         if self._key:
             text = text.replace(self._key, "***")  # some servers quote the key they refuse
         return SteelyardError("".join(c if c.isprintable() else " " for c in text))
-
-
-def _check_settings(request: Request) -> None:
-    """Refuse what the protocol has no field for: servers would ignore it, or each call it something else."""
-    sampling, plain = request.sampling, Sampling()
-    for name in ("min_p", "repetition_penalty", "stop_tokens"):
-        if getattr(sampling, name) != getattr(plain, name):
-            raise SteelyardError(
-                f"request {request.id!r}: {name}: the OpenAI protocol has no such setting: "
-                "leave it out, or use a local endpoint"
-            )
 
 
 def _read_logprobs(choice: dict[str, Any], *, chat: bool) -> tuple[TokenLogprobs, ...]:
