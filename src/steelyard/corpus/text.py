@@ -16,7 +16,7 @@ import sysconfig
 import tarfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -193,11 +193,15 @@ class Split:
 
 
 def split_documents(
-    documents: Iterable[Document], *, validation_share: float, limit: int | None = None, longest: int | None = None
+    documents: Iterable[Document],
+    *,
+    validation_share: float,
+    limits: Mapping[str, int] | None = None,
+    longest: int | None = None,
 ) -> Split:
     """Drop documents of the same text (white space aside), order the rest by a hash of their text, hold out a share.
 
-    A document's part depends on its text alone, not on its neighbours. `limit`: the most characters of one source;
+    A document's part depends on its text alone, not on its neighbours. `limits`: the most characters of a source;
     `longest`: where a document is cut, in characters (a novel must not be most of a split). The share is one of
     documents, within each source as close as the hash makes it. Raises SteelyardError where either part is empty.
     """
@@ -221,7 +225,7 @@ def split_documents(
     for key in sorted(kept):
         document = kept[key]
         size = used.get(document.source, 0) + len(document.text)
-        if limit is not None and size > limit:
+        if limits and size > limits.get(document.source, size):
             over += 1
             continue
         used[document.source] = size

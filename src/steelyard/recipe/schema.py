@@ -355,10 +355,13 @@ def _explained(model: type[BaseModel], kind: str, loc: Loc, problem: Mapping[str
 
 
 def _model_at(model: type[BaseModel], loc: Loc) -> type[BaseModel]:
+    annotation: Any = model
     for part in loc:
-        annotation = model.model_fields[str(part)].annotation
+        annotation = model.model_fields[str(part)].annotation if annotation is model else get_args(annotation)[-1]
         choices = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-        model = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
+        nested = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
+        if nested:  # else a mapping from names to models
+            annotation = model = nested[0]
     return model
 
 

@@ -30,6 +30,7 @@ from steelyard.recipe.schema import (
     field,
     nearest,
 )
+from steelyard.recipe.train_stages import TRAIN_KINDS
 from steelyard.release.refused import Refused  # noqa: F401 - what the release stage raises
 
 if TYPE_CHECKING:
@@ -359,5 +360,6 @@ def scorer_files(reference: str) -> str:
 
 
 KINDS: dict[str, StageKind[Any]] = {
-    kind.name: kind for kind in (ImportStage(), AlignStage(), SafetyStage(), ReleaseStage(), VerifyStage())
+    kind.name: kind
+    for kind in (ImportStage(), *TRAIN_KINDS, AlignStage(), SafetyStage(), ReleaseStage(), VerifyStage())
 }
