@@ -13,7 +13,8 @@ from transformers import LlamaConfig as PeerConfig
 from transformers import LlamaForCausalLM
 
 from steelyard.base.errors import FormatError
-from steelyard.model.llama import KVCache, Llama, LlamaConfig, from_tensors, load_llama, rope_frequencies
+from steelyard.inference.executor import Executor
+from steelyard.model.llama import Llama, LlamaConfig, from_tensors, load_llama, rope_frequencies
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -87,15 +88,14 @@ def test_logits_equal_transformers(name: str) -> None:
     assert theirs.std() > 0.1
     assert relative(model(tokens), theirs) < 1e-4
 
-    # the same logits from a padded prefill of rows of different lengths, and from decoding on
-    lengths = torch.tensor([90, 1, 57])
-    cache = KVCache.empty(model, 3, 100)
-    logits = model.prefill(tokens[:, :90], lengths, cache)
+    # the same logits from reading rows of different lengths into a paged cache, and from decoding on
+    executor, lengths, rows = Executor(model, 22), torch.tensor([90, 1, 57]), torch.arange(3)
+    tables = torch.arange(1, 22, dtype=torch.int32).view(3, 7)
+    prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    logits = executor.prefill(prompts, [0, 0, 0], tables.tolist())
     for step in range(10):
-        rows = torch.arange(3)
         assert relative(logits, theirs[rows, lengths + step - 1]) < 1e-4
-        logits = model.decode(tokens[rows, lengths + step], cache)
-        cache.lengths += 1
+        logits = executor.decode(tokens[rows, lengths + step], lengths + step, tables)
 
 
 @torch.inference_mode()
@@ -120,24 +120,6 @@ def test_bfloat16_stays_close_to_transformers() -> None:
     assert model.frequencies.dtype == torch.float32
     ours, theirs = model(tokens).float(), peer(tokens).logits.float()
     assert relative(ours, theirs) < 0.02
-
-
-@torch.inference_mode()
-def test_cache_rows_are_independent_and_can_be_kept() -> None:
-    raw = VARIANTS["ratio 8, untied, linear"]
-    model = ours_of(raw, peer_of(raw, seed=7))
-    tokens = torch.randint(0, 320, (4, 30))
-    cache = KVCache.empty(model, 4, 40)
-    model.prefill(tokens[:2, :9], torch.tensor([4, 9]), cache.rows(0, 2))
-    model.prefill(tokens[2:], torch.tensor([30, 12]), cache.rows(2, 4))
-    assert cache.lengths.tolist() == [4, 9, 30, 12]
-    before = model.decode(tokens[:, 0], cache)
-    cache.keep(torch.tensor([3, 1]))
-    assert cache.lengths.tolist() == [12, 9]
-    assert relative(model.decode(tokens[[3, 1], 0], cache), before[[3, 1]]) < 1e-5
-    alone = KVCache.empty(model, 1, 13)
-    model.prefill(tokens[3:, :12], torch.tensor([12]), alone)
-    assert relative(model.decode(tokens[3:, 0], alone), before[3:]) < 1e-5
 
 
 def test_a_fresh_model_depends_on_its_seed_alone() -> None:

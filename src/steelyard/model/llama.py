@@ -1,8 +1,8 @@
-"""The whole LLaMA decoder, top to bottom: configuration, rotary positions, cache, attention, block, model.
+"""The whole LLaMA decoder, top to bottom: configuration, rotary positions, attention, block, model.
 
 Parameter names and layouts are Hugging Face's own (`model.layers.0.self_attn.q_proj.weight`, rotary halves split, not
 interleaved), so a checkpoint's state dict loads as it is. Letters in shape comments: B rows, T tokens, C hidden size,
-H query heads, K key/value heads, G = H / K queries per key/value head, D head size, L cache slots in use, V vocabulary.
+H query heads, K key/value heads, G = H / K queries per key/value head, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -208,42 +208,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class KVCache:
-    """Keys and values of every row so far: per layer [B, K, capacity, D], and the number of slots in use of each row.
-
-    Row b's tokens lie at slots 0 .. lengths[b] - 1, whatever the other rows' lengths; decoding writes at slot
-    lengths[b]. Slots beyond hold finite leftovers that the mask hides. So rows are independent, and a slot of the batch
-    can be given to another sequence at any time.
-    """
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: Tensor) -> None:
-        self.keys, self.values, self.lengths = keys, values, lengths
-
-    @classmethod
-    def empty(cls, model: Llama, rows: int, capacity: int) -> KVCache:
-        """Room for `rows` sequences of up to `capacity` tokens, in the dtype and on the device of `model`."""
-        config, weight = model.config, model.model.embed_tokens.weight
-        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
-        # zeros, not empty: a hidden slot has weight 0, and 0 times a NaN left in memory would be NaN
-        keys = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        values = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        return cls(keys, values, torch.zeros(rows, dtype=torch.int64, device=weight.device))
-
-    def rows(self, start: int, stop: int) -> KVCache:
-        """A view of rows start .. stop - 1: what is written through it is written here."""
-        part = slice(start, stop)
-        return KVCache([k[part] for k in self.keys], [v[part] for v in self.values], self.lengths[part])
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but `rows` (int64 [n]), in that order, copying only the slots in use."""
-        self.lengths = self.lengths[rows]
-        used = int(self.lengths.max())
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_zeros(len(rows), *old.shape[1:])
-                tensors[layer][:, :, :used] = old[rows, :, :used]
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32 whatever the dtype of x."""
 
@@ -279,44 +243,17 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(rows, tokens, self.heads, self.head_dim)
         k = self.k_proj(x).view(rows, tokens, self.kv_heads, self.head_dim)
         v = self.v_proj(x).view(rows, tokens, self.kv_heads, self.head_dim)
-        qk = rotate(torch.cat((q, k), dim=2), cos, sin)  # [B, T, H + K, D], in one go: decoding is bound by small steps
+        qk = rotate(torch.cat((q, k), dim=2), cos, sin)  # [B, T, H + K, D], in one go
         q, k = qk[:, :, : self.heads], qk[:, :, self.heads :]
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D], [B, K, T, D], [B, K, T, D]
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Whole sequences from position 0; their keys and values go to the first T slots of `cache`, where given."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Whole sequences [B, T, C] from position 0."""
         rows, tokens, _ = x.shape
         q, k, v = self.project(x, cos, sin)
-        if cache is not None:
-            cache[0][:, :, :tokens], cache[1][:, :, :tokens] = k, v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(rows, tokens, -1))  # [B, T, C]
         return out
-
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
-        """One token a row, x [B, 1, C]: stored at the row's next slot, then attending to all slots up to it."""
-        rows = len(x)
-        q, k, v = self.project(x, cos, sin)
-        keys, values = cache
-        keys[slots.rows, :, slots.next] = k[:, :, 0]
-        values[slots.rows, :, slots.next] = v[:, :, 0]
-        # The G query heads of a group become G queries of one head: a plain product, 4 times faster than enable_gqa
-        q = q.reshape(rows, self.kv_heads, -1, self.head_dim)  # [B, H, 1, D] -> [B, K, G, D]
-        y = F.scaled_dot_product_attention(q, keys[:, :, : slots.used], values[:, :, : slots.used], slots.mask)
-        out: Tensor = self.o_proj(y.reshape(rows, 1, -1))  # [B, K, G, D] -> [B, 1, C]
-        return out
-
-
-class Slots:
-    """Where one decoding step writes and what it sees, the same in every layer."""
-
-    def __init__(self, lengths: Tensor, dtype: torch.dtype) -> None:
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-        self.next = lengths.clone()
-        self.used = int(lengths.max()) + 1
-        hidden = torch.arange(self.used, device=lengths.device) > lengths[:, None]  # [B, L]
-        self.mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill_(hidden, -math.inf)
-        self.mask = self.mask[:, None, None, :]  # [B, 1, 1, L], for every head and query
 
 
 class MLP(nn.Module):
@@ -343,13 +280,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
-
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
-        x = x + self.self_attn.decode(self.input_layernorm(x), cos, sin, cache, slots)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -425,11 +357,11 @@ class Llama(nn.Module):
         """
         return self.head(self.hidden(tokens))
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The final, normalised stream [B, T, C] of whole sequences [B, T]; fills the first T slots of `cache`."""
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The final, normalised stream [B, T, C] of whole sequences [B, T]."""
         x, cos, sin = self._enter(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None])
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, None if cache is None else (cache.keys[i], cache.values[i]))
+        for layer in self.model.layers:
+            x = layer(x, cos, sin)
         out: Tensor = self.model.norm(x)
         return out
 
@@ -467,24 +399,6 @@ class Llama(nn.Module):
         angles = positions[:, None].float() * frequencies.to(positions.device)
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return angles.cos(), angles.sin()
-
-    def prefill(self, tokens: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        """Read right-padded prompts [B, T] of `lengths` [B] into the empty rows of `cache`.
-
-        Returns the logits [B, V] after each row's last token only.
-        """
-        x = self.hidden(tokens, cache)
-        cache.lengths.copy_(lengths)
-        return self.head(x[torch.arange(len(x), device=x.device), lengths - 1])
-
-    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Logits [B, V] after one more token [B] per row, written at slot lengths[b]; the caller advances `lengths`."""
-        slots = Slots(cache.lengths, self.model.embed_tokens.weight.dtype)
-        x, cos, sin = self._enter(tokens[:, None], cache.lengths[:, None])  # [B, 1, C]
-        for i, layer in enumerate(self.model.layers):
-            assert isinstance(layer, Block)
-            x = layer.decode(x, cos, sin, (cache.keys[i], cache.values[i]), slots)
-        return self.head(self.model.norm(x[:, 0]))
 
     def _enter(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x: Tensor = self.model.embed_tokens(tokens)
