@@ -3,21 +3,25 @@
 Keys and values lie in pages of PAGE tokens, so that sequences of any length share one arena and a common prefix is
 stored once. The arithmetic is that of `model/llama.py` (tests hold the two together); here query, key and value
 projections are one product, and so are gate and up, because decoding is bound by reading weights and by small steps.
-Letters in shape comments: B rows, T tokens, C hidden size, H query heads, K key/value heads, D head size, P pages.
+Letters in shape comments: B rows, T packed tokens, W pages of a table, C hidden size, H query heads, K key/value heads,
+D head size, P pages.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
-from itertools import groupby
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steelyard.inference import kernels
-from steelyard.model.llama import Block, Llama, LlamaConfig, rope_frequencies
+from steelyard.inference.kernels import Kernels
+from steelyard.inference.quantize import Int8Linear
+from steelyard.model.llama import Block, Llama, LlamaConfig, RMSNorm, rope_frequencies, rotate
 
 PAGE = 16  # tokens: one AVX-512 register of float32 scores
 
@@ -35,16 +39,19 @@ class Executor:
         self.device, self.dtype = weight.device, weight.dtype
         shape = (pages, config.num_key_value_heads)
         # zeros, not empty: a hidden slot has weight 0, and 0 times a NaN left in memory would be NaN.
-        # Keys lie transposed within a page, so that one token's score is one lane of a register.
-        self.keys = [weight.new_zeros(*shape, config.head_dim, PAGE) for _ in range(config.num_hidden_layers)]
-        self.values = [weight.new_zeros(*shape, PAGE, config.head_dim) for _ in range(config.num_hidden_layers)]
-        self.layers = [_Layer(block, config) for block in model.model.layers if isinstance(block, Block)]
-        self.head = (model.model.embed_tokens if model.lm_head is None else model.lm_head).weight
+        # Within a page the kernels keep an order of their own.
+        self.keys = [_blank(weight, *shape, PAGE, config.head_dim) for _ in range(config.num_hidden_layers)]
+        self.values = [_blank(weight, *shape, PAGE, config.head_dim) for _ in range(config.num_hidden_layers)]
+        served = self.device.type == "cpu" and kernels.serves(self.dtype, config)
+        self.kernels = kernels.load(self.dtype) if served else None
+        self.layers = [_Layer(block, self.kernels) for block in model.model.layers if isinstance(block, Block)]
+        head = (model.model.embed_tokens if model.lm_head is None else model.lm_head).weight
+        self.head = Linear(head, None, self.kernels)
+        self._scratch: dict[str, Tensor] = {}
         positions = torch.arange(min(config.max_position_embeddings, pages * PAGE), dtype=torch.float32)
         angles = positions[:, None] * rope_frequencies(config, config.max_position_embeddings)
         angles = torch.cat((angles, angles), dim=-1).to(self.device)
         self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)  # [positions, D]
-        self.kernels = kernels.load() if self.device.type == "cpu" and kernels.serves(self.dtype, config) else None
 
     @staticmethod
     def bytes_per_page(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -57,6 +64,12 @@ class Executor:
             for pages in tensors:
                 pages[target] = pages[source]
 
+    def clear(self, pages: Sequence[int]) -> None:
+        """Zero `pages`: after logits that were not finite, what hides a slot (a weight of 0) would not hide a NaN."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[list(pages)] = 0
+
     @torch.inference_mode()
     def prefill(
         self, tokens: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]
@@ -66,35 +79,14 @@ class Executor:
         `tokens[i]` are positions `starts[i]`... of the sequence whose pages are `tables[i]`; positions before them are
         in its pages already (a shared prefix, or an earlier part).
         """
-        # equal shapes side by side, so that they attend in one call
-        order = sorted(range(len(tokens)), key=lambda i: (starts[i], len(tokens[i])))
-        flat = torch.tensor([token for i in order for token in tokens[i]], device=self.device)
-        places = [starts[i] + j for i in order for j in range(len(tokens[i]))]
-        homes = [tables[i][(starts[i] + j) // PAGE] for i in order for j in range(len(tokens[i]))]
-        positions = torch.tensor(places, device=self.device)
-        pages = torch.tensor(homes, device=self.device)
-        spans = _spans([(starts[i], len(tokens[i]), tables[i]) for i in order], self.device)
-        x = F.embedding(flat, self.model.model.embed_tokens.weight)  # [T, C]
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # [T, 1, D]
-        slots = positions % PAGE
-        ends = torch.tensor([len(tokens[i]) for i in order], device=self.device).cumsum(0) - 1
-        step: Tensor | None = None
-        for i, layer in enumerate(self.layers):
-            y, x = self._normalise(x, step, layer.norm)
-            q, k, v = self._project(layer, y, cos, sin)  # [T, H, D], [T, K, D], [T, K, D]
-            self.keys[i][pages, :, :, slots] = k
-            self.values[i][pages, :, slots] = v
-            mixed = torch.cat([self._attend_span(i, span, q, k, v) for span in spans])
-            step = layer.out(mixed)
-            y, x = self._normalise(x, step, layer.mlp_norm)
-            if i + 1 == len(self.layers):  # of the last layer only the sequences' last tokens matter
-                x, y = x[ends], y[ends]
-            step = layer.down(self._gate(layer.gate_up(y)))
-        y, _ = self._normalise(x, step, self.model.model.norm)
-        logits = F.linear(y, self.head)
-        back = torch.empty_like(ends)
-        back[torch.tensor(order, device=self.device)] = torch.arange(len(order), device=self.device)
-        return logits[back]
+        lengths = torch.tensor([len(part) for part in tokens])
+        width = max(-(-(start + len(part)) // PAGE) for start, part in zip(starts, tokens, strict=True))
+        padded = [[*table[:width], *[0] * (width - len(table))] for table in tables]
+        flat = torch.tensor([token for part in tokens for token in part], device=self.device)
+        firsts = F.pad(lengths.cumsum(0), (1, 0)).to(self.device)  # [n + 1]
+        where = torch.tensor(starts, device=self.device)
+        pages = torch.tensor(padded, dtype=torch.int32, device=self.device)
+        return self._run(flat, self._attention(firsts, where, pages), firsts[1:] - 1)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, lengths: Tensor, tables: Tensor) -> Tensor:
@@ -103,121 +95,191 @@ class Executor:
         `lengths` int64 [B] are the tokens a row has cached, so the position of the new one; `tables` int32 [B, W] its
         pages, padded with 0. All of a row's pages up to that position must lie in the first W.
         """
-        x = F.embedding(tokens, self.model.model.embed_tokens.weight)  # [B, C]
-        see = None if self.kernels else _Sight(lengths, tables, self.dtype)
-        cos, sin = self.cos[lengths][:, None], self.sin[lengths][:, None]  # [B, 1, D]
+        if self.kernels is None:
+            return self._run(tokens, _DecodeAttention(self, lengths, tables), None)
+        firsts = torch.arange(len(tokens) + 1)
+        return self._run(tokens, _KernelAttention(self, self.kernels, firsts, lengths, tables.contiguous()), None)
+
+    def _attention(self, firsts: Tensor, starts: Tensor, tables: Tensor) -> _Attention:
+        if self.kernels is not None:
+            return _KernelAttention(self, self.kernels, firsts, starts, tables)
+        return _PackedAttention(self, firsts, starts, tables.long())
+
+    def _run(self, tokens: Tensor, attention: _Attention, wanted: Tensor | None) -> Tensor:
+        """Logits after the rows `wanted` (None: all) of a packed pass over tokens [T]."""
+        x = F.embedding(tokens, self.model.model.embed_tokens.weight)  # [T, C]
         step: Tensor | None = None
         for i, layer in enumerate(self.layers):
             y, x = self._normalise(x, step, layer.norm)
-            if see is None:
-                assert self.kernels is not None
-                mixed = self.kernels.attend(
-                    layer.qkv(y), cos, sin, self.keys[i], self.values[i], lengths, tables, self.config
-                )
-            else:
-                q, k, v = self._project(layer, y, cos, sin)
-                self.keys[i][see.page, :, :, see.slot] = k
-                self.values[i][see.page, :, see.slot] = v
-                mixed = self._attend_pages(i, q, see)
-            step = layer.out(mixed)
+            mixed = attention(i, self._linear(y, layer.qkv, "qkv"))
+            step = self._linear(mixed, layer.out, "out")
+            if wanted is not None and i + 1 == len(self.layers):  # the last MLP is for the wanted rows only
+                x, step = x[wanted], step[wanted]
             y, x = self._normalise(x, step, layer.mlp_norm)
-            step = layer.down(self._gate(layer.gate_up(y)))
+            step = self._mlp(y, layer)
         y, _ = self._normalise(x, step, self.model.model.norm)
-        return F.linear(y, self.head)
+        return self._linear(y, self.head)
 
-    def _normalise(self, x: Tensor, step: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """The normalised stream, and the stream itself with `step` added."""
+    def _linear(self, x: Tensor, layer: Linear | Int8Linear, name: str = "") -> Tensor:
+        """x [T, I] through `layer`: [T, O], in scratch of that `name` (valid until its next use), or fresh."""
+        if isinstance(layer, Int8Linear):
+            eight: Tensor = layer(x)
+            return eight
+        if layer.packed is None or self.kernels is None:
+            return F.linear(x, layer.weight, layer.bias)
+        outs = len(layer.weight)
+        out = self.room(name, len(x), outs) if name else x.new_empty(len(x), outs)
+        return self.kernels.linear(x, layer.packed, layer.bias, out)
+
+    def _mlp(self, y: Tensor, layer: _Layer) -> Tensor:
+        """down(silu(gate(y)) * up(y)), [T, C]."""
+        both = self._linear(y, layer.gate_up, "gate_up")
+        if self.kernels is not None:
+            gated = self.kernels.gate(both, self.room("gate", len(y), both.shape[1] // 2))
+            return self._linear(gated, layer.down, "down")
+        gate, up = both.chunk(2, dim=-1)
+        return self._linear(F.silu(gate) * up, layer.down)
+
+    def _normalise(self, x: Tensor, step: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """The normalised stream, and the stream itself with `step` added (which may happen in place)."""
+        if self.kernels is not None:
+            return self.kernels.add_norm(x, step, norm.weight, norm.eps, self.room("norm", *x.shape)), x
         if step is not None:
             x = x + step
         return norm(x), x
 
-    def _gate(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    def room(self, name: str, rows: int, width: int) -> Tensor:
+        """Scratch [rows, width], kept from step to step: fresh memory costs a page fault every 4 KiB."""
+        have = self._scratch.get(name)
+        if have is None or have.numel() < rows * width:
+            have = self._scratch[name] = torch.empty(rows * width, dtype=self.dtype)
+        return have[: rows * width].view(rows, width)
 
-    def _project(self, layer: _Layer, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [T, H, D] and keys [T, K, D], and values [T, K, D], of qkv [T, (H + 2 K) * D]."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv = layer.qkv(y).view(len(y), heads + 2 * kv_heads, self.config.head_dim)
+        qkv = qkv.view(len(qkv), heads + 2 * kv_heads, self.config.head_dim)
         both, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        first, second = both.chunk(2, dim=-1)
-        both = both * cos + torch.cat((-second, first), dim=-1) * sin
+        both = rotate(both, self.cos[positions][:, None], self.sin[positions][:, None])
         return both[:, :heads], both[:, heads:], v
 
-    def _attend_span(self, layer: int, span: _Span, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of `span.rows` sequences of one length and start: [rows * length, H * D]."""
-        part = slice(span.first, span.first + span.rows * span.length)
-        q, k, v = (x[part].view(span.rows, span.length, -1, self.config.head_dim).transpose(1, 2) for x in (q, k, v))
-        mask = None
-        if span.pages is not None:  # what is cached already comes first
-            width = span.start
-            before = self.keys[layer][span.pages].permute(0, 2, 1, 4, 3).flatten(2, 3)[:, :, :width]
-            k = torch.cat((before, k), dim=2)
-            v = torch.cat((self.values[layer][span.pages].transpose(1, 2).flatten(2, 3)[:, :, :width], v), dim=2)
-            mask = torch.ones(span.length, k.shape[2], dtype=torch.bool, device=q.device).tril_(width)
-        grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return y.transpose(1, 2).reshape(span.rows * span.length, -1)
 
-    def _attend_pages(self, layer: int, q: Tensor, see: _Sight) -> Tensor:
-        k = self.keys[layer][see.tables].permute(0, 2, 1, 4, 3).flatten(2, 3)  # [B, W, K, D, PAGE] -> [B, K, L, D]
-        v = self.values[layer][see.tables].transpose(1, 2).flatten(2, 3)
+class _Attention(Protocol):
+    """One pass's attention: of a layer's qkv [T, (H + 2 K) * D], which it also stores in the pages: [T, H * D]."""
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor: ...
+
+
+class _KernelAttention:
+    """Both kinds of pass, compiled."""
+
+    def __init__(self, own: Executor, kernels: Kernels, firsts: Tensor, starts: Tensor, tables: Tensor) -> None:
+        self.own, self.kernels, self.firsts, self.starts, self.tables = own, kernels, firsts, starts, tables
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        own, config = self.own, self.own.config
+        out = own.room("mixed", len(qkv), config.num_attention_heads * config.head_dim)
+        turns, cache = (own.cos, own.sin), (own.keys[layer], own.values[layer])
+        return self.kernels.attend(qkv, turns, cache, self.firsts, self.starts, self.tables, out, config)
+
+
+class _PackedAttention:
+    """Prefill in plain PyTorch: sequence by sequence."""
+
+    def __init__(self, own: Executor, firsts: Tensor, starts: Tensor, tables: Tensor) -> None:
+        self.own, self.tables = own, tables
+        self.parts = list(zip(firsts.tolist(), firsts.tolist()[1:], starts.tolist(), strict=False))
+        self.positions = torch.cat(
+            [torch.arange(start, start + last - first, device=firsts.device) for first, last, start in self.parts]
+        )
+        owner = torch.arange(len(starts), device=firsts.device).repeat_interleave(firsts.diff())
+        self.pages, self.slots = tables[owner, self.positions // PAGE], self.positions % PAGE
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        q, k, v = self.own.project(qkv, self.positions)
+        keys, values = self.own.keys[layer], self.own.values[layer]
+        keys[self.pages, :, self.slots], values[self.pages, :, self.slots] = k, v
+        grouped = q.shape[1] != k.shape[1]
+        mixed = []
+        for (first, last, start), table in zip(self.parts, self.tables, strict=True):
+            mask, part = None, slice(first, last)
+            queries, past, mixture = (x[part].transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]
+            if start:  # what is cached already comes first
+                used = table[: -(-(start + last - first) // PAGE)]
+                past, mixture = (
+                    x[used].transpose(0, 1).flatten(1, 2)[None, :, : start + last - first] for x in (keys, values)
+                )
+                mask = torch.ones(last - first, start + last - first, dtype=torch.bool, device=q.device).tril_(start)
+            y = F.scaled_dot_product_attention(queries, past, mixture, mask, is_causal=mask is None, enable_gqa=grouped)
+            mixed.append(y[0].transpose(0, 1).flatten(1))
+        return torch.cat(mixed)
+
+
+class _DecodeAttention:
+    """One token a row in plain PyTorch; fixed shapes and no look at a value, so that CUDA can capture it."""
+
+    def __init__(self, own: Executor, lengths: Tensor, tables: Tensor) -> None:
+        self.own, self.lengths, self.tables = own, lengths, tables.long()
+        self.pages = self.tables.gather(1, (lengths // PAGE)[:, None])[:, 0]
+        hidden = torch.arange(tables.shape[1] * PAGE, device=lengths.device) > lengths[:, None]  # [B, L]
+        mask = torch.zeros(hidden.shape, dtype=own.dtype, device=lengths.device).masked_fill_(hidden, -math.inf)
+        self.mask = mask[:, None, None, :]  # [B, 1, 1, L], for every head and query
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        q, k, v = self.own.project(qkv, self.lengths)
+        keys, values = self.own.keys[layer], self.own.values[layer]
+        slots = self.lengths % PAGE
+        keys[self.pages, :, slots], values[self.pages, :, slots] = k, v
         # The query heads of a group become queries of one head: a plain product, several times faster than enable_gqa
-        q = q.reshape(len(q), self.config.num_key_value_heads, -1, self.config.head_dim)  # [B, K, G, D]
-        return F.scaled_dot_product_attention(q, k, v, see.mask).reshape(len(q), -1)
+        q = q.reshape(len(q), self.own.config.num_key_value_heads, -1, self.own.config.head_dim)  # [B, K, G, D]
+        # [B, W, K, PAGE, D] -> [B, K, L, D]
+        past, mixture = (x[self.tables].transpose(1, 2).flatten(2, 3) for x in (keys, values))
+        return F.scaled_dot_product_attention(q, past, mixture, self.mask).reshape(len(q), -1)
+
+
+class Linear:
+    """A projection, maybe of several layers side by side, and its packed copy where kernels serve it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.packed = None if kernels is None else kernels.pack(weight)
 
 
 class _Layer:
     """A block's weights, projections fused."""
 
-    def __init__(self, block: Block, config: LlamaConfig) -> None:
+    def __init__(self, block: Block, kernels: Kernels | None) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.norm, self.mlp_norm = block.input_layernorm, block.post_attention_layernorm
-        self.qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = attention.o_proj
-        self.gate_up = fuse([mlp.gate_proj, mlp.up_proj])
-        self.down = mlp.down_proj
+        self.qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj], kernels)
+        self.out = fuse([attention.o_proj], kernels)
+        self.gate_up = fuse([mlp.gate_proj, mlp.up_proj], kernels)
+        self.down = fuse([mlp.down_proj], kernels)
 
 
-def fuse(parts: Sequence[nn.Linear]) -> nn.Linear:
-    """One linear layer that computes `parts` side by side; their parameters become views of its own."""
-    whole = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), bias=False, device="meta")
-    whole.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-    if parts[0].bias is not None:
-        whole.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+def fuse(layers: Sequence[nn.Linear | Int8Linear], kernels: Kernels | None) -> Linear | Int8Linear:
+    """One projection that computes `layers` side by side; their parameters become views of its own."""
+    parts = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if not parts:
+        return Int8Linear.cat([layer for layer in layers if isinstance(layer, Int8Linear)])
+    weight = torch.cat([part.weight for part in parts])
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
     start = 0
     for part in parts:
         stop = start + part.out_features
-        part.weight = nn.Parameter(whole.weight[start:stop], requires_grad=False)
-        if part.bias is not None:
-            part.bias = nn.Parameter(whole.bias[start:stop], requires_grad=False)
+        part.weight = nn.Parameter(weight[start:stop], requires_grad=False)
+        if bias is not None:
+            part.bias = nn.Parameter(bias[start:stop], requires_grad=False)
         start = stop
-    return whole
+    return Linear(weight, bias, kernels)
 
 
-class _Span:
-    """Sequences of one start and length, side by side in a packed pass."""
-
-    def __init__(self, first: int, rows: int, start: int, length: int, pages: Tensor | None) -> None:
-        self.first, self.rows, self.start, self.length, self.pages = first, rows, start, length, pages
-
-
-def _spans(sequences: Sequence[tuple[int, int, Sequence[int]]], device: torch.device) -> list[_Span]:
-    spans, first = [], 0
-    for (start, length), group in groupby(sequences, key=lambda sequence: sequence[:2]):
-        tables = [list(table[: -(-start // PAGE)]) for _, _, table in group]
-        pages = torch.tensor(tables, device=device) if start else None  # [rows, W]
-        spans.append(_Span(first, len(tables), start, length, pages))
-        first += len(tables) * length
-    return spans
-
-
-class _Sight:
-    """Where one decoding step writes and what it sees, the same in every layer."""
-
-    def __init__(self, lengths: Tensor, tables: Tensor, dtype: torch.dtype) -> None:
-        self.tables = tables.long()
-        self.page = self.tables.gather(1, (lengths // PAGE)[:, None])[:, 0]
-        self.slot = lengths % PAGE
-        hidden = torch.arange(tables.shape[1] * PAGE, device=lengths.device) > lengths[:, None]  # [B, L]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill_(hidden, -math.inf)
-        self.mask = mask[:, None, None, :]  # [B, 1, 1, L], for every head and query
+def _blank(like: Tensor, *shape: int) -> Tensor:
+    """Zeros that take memory only when first written: a large cache costs what is used of it."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    size = math.prod(shape)
+    memory = mmap.mmap(-1, max(1, size * like.element_size()))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # a step touches every page of the cache once: few translations
+    return torch.frombuffer(memory, dtype=like.dtype, count=size).view(shape)
