@@ -59,7 +59,7 @@ class Scores:
 
     def identity(self) -> ScorerIdentity:
         known = Calibration(
-            threshold=0.5, true_positives=9, positives=9, true_negatives=9, negatives=9, source="-", measured="2026-01-01"
+            threshold=0.5, true_positives=9, positives=9, true_negatives=9, negatives=9, source="-", measured="1"
         )  # fmt: skip
         return ScorerIdentity(name=self.category, weights="", code="", categories={self.category: known})
 
