@@ -14,7 +14,7 @@ from steelyard.base.progress import Silent
 from steelyard.ledger.ledger import Ledger
 from steelyard.recipe.runner import run_recipe
 from steelyard.recipe.schema import Context, FieldError, Input
-from steelyard.recipe.stages import Refused, ReleaseConfig, ReleaseStage, SafetyStage, _scorer_files
+from steelyard.recipe.stages import Refused, ReleaseConfig, ReleaseStage, SafetyStage, scorer_files
 from steelyard.release.keys import KeyInfo, load_public_key, new_key
 
 RECIPE = """\
@@ -100,13 +100,13 @@ def test_the_safety_stage_depends_on_the_code_that_the_gate_asks_for() -> None:
 def test_scorers_by_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("own_scorer.py").write_text("A = 1\n")
-    first = _scorer_files("python:own_scorer:make")
+    first = scorer_files("python:own_scorer:make")
     Path("own_scorer.py").write_text("A = 2\n")
-    assert _scorer_files("python:own_scorer:make") != first
-    assert len(_scorer_files("embedded:toxicity")) == 64
+    assert scorer_files("python:own_scorer:make") != first
+    assert len(scorer_files("embedded:toxicity")) == 64
     for wrong in ("python:no_such_module:make", "python:", "toxicity", "python:no.such.module:make"):
         with pytest.raises(UsageError, match="is unknown"):
-            _scorer_files(wrong)
+            scorer_files(wrong)
 
 
 class Gate:
