@@ -254,6 +254,7 @@ def test_the_plan_of_the_quickstart(tmp_path: Path) -> None:
     plan = steelyard("run", QUICKSTART, "--dry-run", "--json", cwd=tmp_path).json
     assert [(stage["stage"], stage["kind"]) for stage in plan] == [
         ("import", "import"),
+        ("align", "align"),
         ("safety", "safety"),
         ("release", "release"),
         ("verify", "verify"),
