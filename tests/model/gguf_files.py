@@ -55,7 +55,7 @@ def byte_level(size: int = 400, specials: Sequence[str] = ("<|end|>", "<|open|>"
     return tokens, [" ".join(pair) for pair in model["merges"]]
 
 
-def sentencepiece(size: int = 900) -> tuple[list[str], list[float], list[int]]:
+def sentencepiece(size: int = 4000) -> tuple[list[str], list[float], list[int]]:
     """(tokens, scores, types) of a SentencePiece BPE vocabulary, LLaMA's layout: <unk> <s> </s>, bytes, pieces.
 
     Trained by the tokenizers library on the text that SentencePiece would see; a piece's score is minus its rank.
@@ -70,6 +70,7 @@ def sentencepiece(size: int = 900) -> tuple[list[str], list[float], list[int]]:
     model = json.loads(backend.to_str())["model"]
     made = ["".join(pair) for pair in model["merges"]]
     merged = list(dict.fromkeys(piece for piece in made if " " not in piece))
+    assert len(merged) > 1000  # a vocabulary of letters alone would show nothing
     letters = sorted(token for token in model["vocab"] if len(token) == 1)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *merged, *letters]
     kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(merged) + len(letters))]
@@ -205,7 +206,7 @@ def byte_level_metadata(pre: str = "gpt-2", size: int = 400, **more: Any) -> dic
     } | {f"tokenizer.ggml.{key}": value for key, value in more.items()}  # fmt: skip
 
 
-def sentencepiece_metadata(size: int = 900, **more: Any) -> dict[str, Any]:
+def sentencepiece_metadata(size: int = 4000, **more: Any) -> dict[str, Any]:
     """Tokenizer metadata of the SentencePiece family."""
     tokens, scores, kinds = sentencepiece(size)
     return {
@@ -213,3 +214,74 @@ def sentencepiece_metadata(size: int = 900, **more: Any) -> dict[str, Any]:
         "tokenizer.ggml.scores": scores, "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
     } | {f"tokenizer.ggml.{key}": value for key, value in more.items()}  # fmt: skip
+
+
+def write_folder(
+    out: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    weights: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    dtype: str = "bfloat16",
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """A Hugging Face folder of a small random LLaMA. `files` by name: the tokenizer's and whatever else."""
+    import torch
+
+    from steelyard.model.formats import save_folder
+
+    config = CONFIG | dict(config or {})
+    settings = {"model_type": "llama", "rms_norm_eps": 1e-5, "architectures": ["LlamaForCausalLM"]} | config
+    tensors = {
+        name: torch.from_numpy(weight).to(getattr(torch, dtype))
+        for name, weight in (weights or random_weights(config)).items()
+    }
+    save_folder(out, settings, tensors, files or {})
+    return out
+
+
+def tokenizer_files(
+    backend: Any, *, template: str | None = None, generation: Mapping[str, Any] | None = None, **settings: Any
+) -> dict[str, bytes]:
+    """The files of a Hugging Face folder for a tokenizer of the `tokenizers` library."""
+    files = {
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": json.dumps({"eos_token": "<|end|>", "bos_token": "<|open|>"} | settings).encode(),
+    }
+    if template is not None:
+        files["chat_template.jinja"] = template.encode()
+    if generation is not None:
+        files["generation_config.json"] = json.dumps(generation).encode()
+    return files
+
+
+def byte_level_backend(split: str = "digits", size: int = 400) -> Any:
+    """A byte-level BPE trained on strings of many scripts, special tokens <|end|> and <|open|>. `split`: its form."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    from steelyard.model.gguf_tokenizer import GPT2_WORDS, PRE_TOKENIZERS
+
+    def isolate(pattern: str, behavior: str = "isolated", invert: bool = False) -> Any:
+        return pre_tokenizers.Split(tokenizers.Regex(pattern), behavior, invert)
+
+    words, bare = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use) for use in (True, False))
+    steps = {
+        "words": words,
+        "words, written out": pre_tokenizers.Sequence([isolate(GPT2_WORDS), bare]),
+        "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words]),
+        "digits as pattern": pre_tokenizers.Sequence([isolate(r"\p{N}"), words]),
+        "llama3": pre_tokenizers.Sequence([isolate(PRE_TOKENIZERS["llama-bpe"].patterns[0]), bare]),
+        "llama3 by removal": pre_tokenizers.Sequence(
+            [isolate(PRE_TOKENIZERS["llama-bpe"].patterns[0], "removed", True), bare]
+        ),
+        "qwen2": pre_tokenizers.Sequence([isolate(PRE_TOKENIZERS["qwen2"].patterns[0]), bare]),
+    }
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=split.startswith("llama3")))
+    backend.pre_tokenizer = steps[split]
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|end|>", "<|open|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(strings(300, seed=7), trainer)
+    return backend

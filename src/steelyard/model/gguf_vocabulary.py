@@ -63,8 +63,8 @@ class _Vocabulary:
     def __init__(self, path: Path, parts: Mapping[str, Any]) -> None:
         self.path, self.parts = path, parts
         self.added: dict[int, Mapping[str, Any]] = {entry["id"]: entry for entry in parts["added_tokens"]}
-        self.unknown: str | None = parts["model"]["unk_token"]
-        self.is_sentencepiece: bool = parts["model"]["byte_fallback"]
+        self.unknown: str | None = parts["model"].get("unk_token")
+        self.is_sentencepiece: bool = parts["model"].get("byte_fallback") is True
         self.unused: set[int] = set()  # rows of the embedding without a token
 
     def refuse(self, key: str, what: str) -> NoReturn:
