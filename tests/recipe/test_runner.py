@@ -178,6 +178,25 @@ def test_a_damaged_resumable_run_is_kept_and_done_elsewhere() -> None:
     assert go()[1] == []
 
 
+def test_what_came_out_incomplete_is_handed_on_and_done_again() -> None:
+    Path("broken").touch()
+    first, called = go()
+    assert called == ["text", "count", "out"]
+    assert len(events("stage.finished")) == 2
+    [incomplete] = events("stage.incomplete")
+    assert incomplete["incomplete"] == "a scorer failed on 3 lines"
+    again, called = go()
+    assert called == ["count"]
+    assert whys(again)["count"] == "done: incomplete before"
+    Path("broken").unlink()
+    whole, called = go()
+    assert called == ["count"]
+    paths = [results[1].path for results in (first, again, whole)]
+    assert len(set(paths)) == 3  # what an incomplete run wrote is evidence, and stays; nothing goes on with it
+    assert [results[1].summary for results in (first, again, whole)] == [{"resumed": 0}] * 3
+    assert go()[1] == []
+
+
 def test_force_until_and_unknown_names() -> None:
     results, called = go(until="count")
     assert called == ["text", "count"] == [result.name for result in results]

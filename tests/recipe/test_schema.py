@@ -43,7 +43,8 @@ def refused(path: Path, text: str) -> str:
 
 def test_the_quickstart_and_the_order_of_stages(path: Path) -> None:
     recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml", KINDS)
-    assert list(recipe.stages) == ["import", "safety", "release", "verify"]
+    assert list(recipe.stages) == ["import", "align", "safety", "release", "verify"]
+    assert recipe.stages["safety"].inputs == {"model": "align", "predecessor": "import"}
     assert recipe.stages["safety"].config.model_dump()["policies"] == ("preview", "public")
     path.write_text(
         GOOD.replace("  verify: {", "  a: {").replace("  import:", "  zz:").replace("model: import", "model: zz")
@@ -60,8 +61,8 @@ def test_the_quickstart_and_the_order_of_stages(path: Path) -> None:
         (
             "    battery: quick",
             "    batery: quick",
-            ":7: stages.safety.batery: unknown key, did you mean battery? (allowed: kind, model, battery, policies)"
-            " (and 1 more)",
+            ":7: stages.safety.batery: unknown key, did you mean battery? (allowed: kind, model, battery, policies,"
+            " predecessor) (and 1 more)",
         ),
         ("    battery: quick\n", "", ":4: stages.safety.battery: this key is missing"),
         ("name: good", "nam: good", ":1: nam: unknown key, did you mean name? (allowed: name, stages) (and 1 more)"),

@@ -62,10 +62,16 @@ def test_the_plan_of_the_real_stages() -> None:
         ("policy: preview}", "policy: preiew}", r"x.yaml:6: stages.verify.policy: .*, did you mean preview\?"),
         ("key: throwaway", "key: mine", r"x.yaml:5: stages.release.key: .*no key 'mine'.*\(or: throwaway\)"),
         (
-            "out: releases/x",
-            "out: r, predecessor: old",
-            r"x.yaml:5: stages.release.predecessor: there is no file old/jour",
+            "policies: [preview, public]",
+            "policies: [preview], predecessor: import",
+            r"x.yaml:4: stages.safety.predecessor: import is the model itself",
         ),
+        (
+            "policies: [preview, public]",
+            "policies: [preview], predecessor: imprt",
+            r"x.yaml:4: stages.safety.predecessor: there is no stage 'imprt', did you mean import\?",
+        ),
+        ("out: releases/x", "out: r, predecessor: old", r"x.yaml:5: stages.release.predecessor: unknown key"),
         (
             "policy: preview}",
             "policy: preview, keys: [a.pem]}",
@@ -110,30 +116,32 @@ def test_scorers_by_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 class Gate:
-    """Stands in for the gate and the writer of bundles, to see how the stage treats their answers."""
+    """Stands in for the writer of bundles, which asks the gate, to see how the stage treats its answers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.verdict, self.asked, self.signed = "PASS", [], []  # type: tuple[str, list[Any], list[str]]
-        gate, bundle = ModuleType("gate"), ModuleType("bundle")
-        gate.decide, bundle.write_bundle = self.decide, self.write_bundle  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "steelyard.release.gate", gate)
+        self.verdict = "PASS"
+        self.asked, self.signed, self.rest = [], [], {}  # type: tuple[list[Any], list[str], dict[str, Any]]
+        bundle = ModuleType("bundle")
+        bundle.write_bundle = self.write_bundle  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "steelyard.release.bundle", bundle)
 
-    def decide(self, *, key: KeyInfo, policy: Any, **rest: Any) -> Any:
+    def write_bundle(self, *, run: Path, out: Path, signer: Any, key: KeyInfo, aside: Path | None, **rest: Any) -> Any:
         self.asked.append(key)
-        verdict = "PASS" if self.verdict == "BROKEN" else self.verdict
-        dump = {"verdict": verdict, "subject": "s"}
-        reasons = [] if verdict == "PASS" else [f"reason {number}" for number in range(5)]
-        return SimpleNamespace(
-            verdict=self.verdict, reasons=reasons, policy="preview", model_dump=lambda **_: dict(dump)
-        )
-
-    def write_bundle(self, *, out: Path, signer: Any, **rest: Any) -> Path:
+        self.rest = rest
         if self.verdict == "BROKEN":
             raise SteelyardError("the disk is full")
+        dump = {"verdict": self.verdict, "subject": "s"}
+        reasons = [] if self.verdict == "PASS" else [f"reason {number}" for number in range(5)]
+        decision: Any = SimpleNamespace(
+            verdict=self.verdict, reasons=reasons, policy="preview", model_dump=lambda **_: dict(dump)
+        )
+        if self.verdict != "PASS":
+            raise Refused(decision, run)
+        if aside is not None:
+            out.rename(aside)
         out.mkdir(parents=True)
         self.signed.append(signer.public_key.keyid)
-        return out
+        return SimpleNamespace(bundle=out, decision=decision)
 
 
 @pytest.fixture
@@ -141,7 +149,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return Gate(monkeypatch)
 
 
-def release(key: str = "throwaway", *, earlier: frozenset[Path] = frozenset()) -> Any:
+def release(key: str = "throwaway", *, earlier: frozenset[Path] = frozenset(), **inputs: Input) -> Any:
     config = ReleaseConfig(kind="release", run="safety", policy="preview", key=key, out="releases/x")
     model = Input("import", Path("model"), "", {}, {})
     with Ledger("work/ledger.sqlite") as ledger:
@@ -157,7 +165,7 @@ def release(key: str = "throwaway", *, earlier: frozenset[Path] = frozenset()) -
                 earlier=earlier,
                 passphrase=lambda name: b"correct horse battery",
             ),
-            {"run": Input("safety", Path("run"), "", {}, {"model": model})},
+            {"run": Input("safety", Path("run"), "", {}, {"model": model, **inputs})},
         )
 
 
@@ -170,6 +178,12 @@ def test_a_throwaway_key_signs_once_and_its_private_half_is_gone(gate: Gate) -> 
     assert gate.asked[0].kind == "throwaway"
     assert [load_public_key(public).keyid] == gate.signed == [gate.asked[0].keyid]
     assert list(Path("work/keys").glob("*.key.pem")) == []
+
+
+def test_the_predecessors_folder_is_handed_to_the_gate(gate: Gate) -> None:
+    release(predecessor=Input("base", Path("models/base"), "", {}, {}))
+    assert gate.rest["predecessor"] == Path("models/base")
+    assert gate.rest["model"] == Path("model")
 
 
 def test_a_named_key(gate: Gate) -> None:

@@ -68,7 +68,8 @@ class CountStage(StageKind[CountConfig]):
             for number in range(start, context.config.to):
                 time.sleep(context.config.pause)
                 print(number, file=out, flush=True)
-        return Outcome(context.place, {"resumed": start})
+        incomplete = "a scorer failed on 3 lines" if Path("broken").exists() else ""
+        return Outcome(context.place, {"resumed": start}, incomplete=incomplete)
 
 
 class OutConfig(StageConfig):

@@ -401,8 +401,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         {"name": "more", "scorers": {"toxicity": [], "refusal": [], "identity": []}},
         {"name": "keys", "keys": {"throwaway": "refused", "distinct": True, "countersigned": True}},
         {"name": "standing", "keys": {"throwaway": "refused", "distinct": False, "countersigned": False}},
-        {"name": "first", "predecessor": {"first_release": "reference", "margin": 0.4}},
-        {"name": "narrow", "predecessor": {"first_release": "allowed", "margin": 0.01}},
+        {"name": "first", "predecessor": {"first_release": "reference"}},
         {"name": "once", "max_attempts": 1},
     ]
     policies = [make_policy(**rule) for rule in rules]
@@ -426,7 +425,7 @@ def test_a_rule_of_the_policy(strict: Chain, name: str, code: str, says: str) ->
     refused(strict.decide(policy=policy), code, says)
 
 
-@pytest.mark.parametrize("name", ["pinned-right", "standing", "narrow", "once"])
+@pytest.mark.parametrize("name", ["pinned-right", "standing", "once"])
 def test_a_rule_of_the_policy_that_is_kept(strict: Chain, name: str) -> None:
     policy = next(policy for policy in strict.policies if policy.name == name)
     decision = strict.decide(policy=policy)
@@ -503,66 +502,6 @@ def test_a_ledger_that_was_edited(chain: Chain) -> None:
         database.execute(sql)
     decision = chain.decide()
     refused(decision, "ledger", "event 1 was changed")
-
-
-# -- the predecessor -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def succession(strict: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Path, Path]:
-    """A chain whose model was released as `tiny`, a successor model, and the successor's run."""
-    chain = strict.copy(tmp_path_factory.mktemp("succession") / "root")
-    chain.bundle(policy=next(policy for policy in chain.policies if policy.name == "narrow"))
-    successor = make_model(chain.root / "successor", seed=3)
-    return chain, successor, chain.test(run=chain.root / "successor-run", model=successor)
-
-
-def _named(chain: Chain, name: str) -> Any:
-    return next(policy for policy in chain.policies if policy.name == name)
-
-
-def test_a_later_release_of_a_name_needs_its_predecessor(succession: tuple[Chain, Path, Path]) -> None:
-    chain, model, run = succession
-    policy = _named(chain, "first")
-    refused(chain.decide(run=run, model=model, policy=policy, name="tiny"), "predecessor", "'tiny' was released before")
-    assert chain.decide(run=run, model=model, policy=policy, name="tiny", predecessor=chain.run).verdict == "PASS"
-    assert chain.decide(run=run, model=model, policy=_named(chain, "once"), name="new").verdict == "PASS"
-    refused(chain.decide(run=run, model=model, policy=policy, name="new"), "predecessor", "wants a reference")
-
-
-def test_the_same_subject_released_again_needs_none(succession: tuple[Chain, Path, Path]) -> None:
-    chain, _, _ = succession
-    # unless the policy wants a reference: the release before may have been held to a softer one
-    for name in ("tiny", None):
-        refused(chain.decide(policy=_named(chain, "first"), name=name), "predecessor", "wants a reference")
-    assert chain.decide(policy=_named(chain, "once"), name="tiny").verdict == "PASS"
-
-
-def test_a_margin_too_narrow_for_the_sample_is_inconclusive(succession: tuple[Chain, Path, Path]) -> None:
-    chain, model, run = succession
-    decision = chain.decide(run=run, model=model, policy=_named(chain, "narrow"), name="tiny", predecessor=chain.run)
-    assert decision.verdict == "INCONCLUSIVE", decision.reasons
-    assert any("against the predecessor" in reason for reason in decision.reasons)
-
-
-def test_a_predecessor_that_is_none(succession: tuple[Chain, Path, Path], tmp_path: Path) -> None:
-    chain, model, run = succession
-    settings = {"run": run, "model": model, "policy": _named(chain, "once"), "name": "tiny"}
-    refused(chain.decide(**settings, predecessor=run), "predecessor", "same subject")
-    refused(chain.decide(**settings, predecessor=tmp_path), "predecessor", "journal.jsonl")
-    third = make_model(tmp_path / "third", seed=9)
-    other = chain.test(run=chain.root / "third-run", model=third)
-    refused(chain.decide(**settings, predecessor=other), "predecessor", "not a run on the last release")
-    stranger = Path(shutil.copytree(chain.run, tmp_path / "edited"))
-    edit_lines(stranger / "journal.jsonl", lambda lines: [*lines[:-1], lines[-1].replace(b':"20', b':"19', 1)])
-    refused(chain.decide(**settings, predecessor=stranger), "predecessor", "this ledger saw finish")
-
-
-def test_a_predecessor_of_another_battery(chain: Chain, tmp_path: Path) -> None:
-    other = Chain(chain.root, make_battery(samples=3), chain.policies)
-    model = make_model(tmp_path / "before", seed=4)
-    run = other.test(run=chain.root / "before-run", model=model)
-    refused(chain.decide(predecessor=run), "predecessor", "battery")
 
 
 # -- no way around it ------------------------------------------------------------------------------------------------

@@ -212,9 +212,11 @@ def not_worse(policy: Policy, differences: Sequence[Difference], battery: Batter
     lower bound lies over it, INCONCLUSIVE where they straddle it, INCOMPLETE where it could not be measured whole."""
     found = {difference.metric: difference for difference in differences}
     gaps = {metric.id for metric in battery.metrics if isinstance(metric, GapMetric)}
+    margins = policy.predecessor.non_inferior
     return [
-        _judged(metric, margin, found.get(metric), "a gap is not compared" if metric in gaps else "was not compared")
-        for metric, margin in policy.predecessor.non_inferior.items()
+        _judged(name, margins[name], found.get(name), "a gap is not compared" if name in gaps else "was not compared")
+        for name in (criterion.metric for criterion in policy.criteria)
+        if name in margins
     ]
 
 

@@ -77,6 +77,8 @@ class TellsPromptLength(Protocol):
 class Tested:
     """A model under test: what answers for it, its digests, and its own sampling (`shipped_sampling`)."""
 
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
     endpoint: Endpoint
     subject: Subject
     shipped: Sampling
