@@ -352,13 +352,13 @@ def test_two_sets_of_shards_are_refused(tmp_path: Path) -> None:
         (b"[1]", "JSON object"),
         (b'{"a": NaN}', "NaN is not JSON"),
         (b'{"a": 1, "a": 2}', "twice"),
-        (b'{"a": "\xff"}', "strict JSON"),
-        (b'{"a":' * 50_000, "too deeply"),
+        (b'{"a": "\xff"}', "not JSON"),
+        (b'{"a":' * 50_000, "nested deeper than 32"),
         (b"{" + b" " * (9 << 20), "is over"),
         (b'{"a": 1e999}', "too large a number"),
-        (b'{"a": "\\ud800"}', "not strict JSON"),
+        (b'{"a": "\\ud800"}', "not JSON"),
         (b'{"a":[' + b"[]," * 1_000_000 + b"[]]}", "more entries"),
-        (b"", "strict JSON"),
+        (b"", "not JSON"),
     ],
 )
 def test_settings_files_are_strict(content: bytes, reason: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 
 from steelyard.base.errors import FormatError
 from steelyard.base.files import open_regular, read_bounded
+from steelyard.base.strict import strict_json
 
 MAX_TENSORS = 20_000  # in one file; Llama 3.1 405B has 1,138 in all
 MAX_DIMENSIONS = 8
@@ -150,7 +151,10 @@ def quote(name: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _refuse(path: Path, what: str, remedy: str = "download it again, or convert the model again") -> NoReturn:
+_REMEDY = "download it again, or convert the model again"
+
+
+def _refuse(path: Path, what: str, remedy: str = _REMEDY) -> NoReturn:
     raise FormatError(f"{path}: {what}: {remedy}")
 
 
@@ -419,33 +423,20 @@ def _tensor_entry(path: Path, cursor: _Cursor) -> tuple[str, str, tuple[int, ...
 # --- JSON files and folders -------------------------------------------------------------------------------------------
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is given twice")
-    return found
-
-
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FormatError where it is too large, not strict JSON, or gives a key twice."""
     try:
         raw = read_bounded(path, MAX_JSON)
-        if raw.count(b"{") + raw.count(b"[") > 10 * MAX_TENSORS or raw.count(b",") > 20 * MAX_TENSORS:
-            _refuse(path, "has more entries than any model needs")
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_raise_constant, parse_float=_finite)
-        if _SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()  # a half of a pair alone has no spelling
     except FileNotFoundError:
         _refuse(path, "is missing")
     except OSError as error:
         _refuse(path, f"cannot be read ({error.strerror})")
-    except RecursionError:
-        _refuse(path, "is nested too deeply")
-    except ValueError as error:
-        _refuse(path, f"is not strict JSON ({error})")
+    if raw.count(b"{") + raw.count(b"[") > 10 * MAX_TENSORS or raw.count(b",") > 20 * MAX_TENSORS:
+        _refuse(path, "has more entries than any model needs")
+    try:
+        value = strict_json(raw, str(path), limit=MAX_JSON)
+    except FormatError as error:
+        raise FormatError(f"{error}: {_REMEDY}") from None
     if not isinstance(value, dict):
         _refuse(path, "must hold a JSON object")
     return value

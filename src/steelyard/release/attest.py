@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -28,17 +25,12 @@ from securesystemslib.signer import Key, Signature, Signer  # type: ignore[attr-
 
 from steelyard.base.canonical import canonical_json
 from steelyard.base.errors import FormatError, SteelyardError
+from steelyard.base.strict import strict_json
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 ENVELOPE_LIMIT = 1_000_000  # bytes; a test result is a few kilobytes
-JSON_DEPTH = 32
-
-# A string, closed or not, in one pass without backtracking: nesting is counted outside of them.
-_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -111,43 +103,6 @@ class Statement(_Strict):
     subjects: dict[str, str]
     configuration: dict[str, str]
     predicate: TestResult
-
-
-def strict_json(data: bytes, where: str, *, limit: int, depth: int = JSON_DEPTH) -> Any:
-    """JSON from a stranger. Raises FormatError, naming `where`, for more than `limit` bytes, nesting over `depth`, a
-    key that occurs twice, a number that is not finite, text that UTF-8 cannot spell, or anything that is not JSON.
-    """
-    if len(data) > limit:
-        raise FormatError(f"{where}: {len(data):,} bytes, more than the {limit:,} such a file may have")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise FormatError(f"{where}: the key {twice[:80]!r} occurs twice")
-        return found
-
-    def refuse(constant: str) -> Any:
-        raise FormatError(f"{where}: {constant} is not JSON")
-
-    def finite(text: str) -> float:
-        if math.isinf(number := float(text)):
-            raise FormatError(f"{where}: {text[:20]} is too large a number")
-        return number
-
-    level = 0
-    for bracket in _STRINGS.sub(b"", data).translate(None, delete=_NOT_BRACKETS):
-        level += 1 if bracket in b"[{" else -1
-        if level > depth:
-            raise FormatError(f"{where}: nested deeper than {depth}")
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
-        if _SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()  # a half of a pair alone has no spelling
-        return value
-    except (UnicodeDecodeError, ValueError) as error:
-        raise FormatError(f"{where}: not JSON: {error}") from error
 
 
 def parse_time(text: str, where: str) -> datetime:

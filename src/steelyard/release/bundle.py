@@ -28,8 +28,9 @@ from steelyard.base.canonical import canonical_json, sha256_file, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import inside, new_folder, read_bounded
 from steelyard.base.progress import Progress, Silent
+from steelyard.base.strict import strict_json
 from steelyard.model.identity import Subject, is_model_file, subject_of
-from steelyard.release.attest import PredecessorFacts, RunFacts, Sha256, sign, strict_json, test_result
+from steelyard.release.attest import PredecessorFacts, RunFacts, Sha256, sign, test_result
 from steelyard.release.gate import Decision, Evidence, decide, read_run
 from steelyard.release.keys import KeyInfo
 from steelyard.release.refused import Refused

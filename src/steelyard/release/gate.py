@@ -28,10 +28,11 @@ from steelyard.base.canonical import canonical_json, code_digest
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import read_bounded
 from steelyard.base.progress import Progress, Silent
+from steelyard.base.strict import strict_json
 from steelyard.model.chat import Renderer
 from steelyard.model.headers import read_json_object
 from steelyard.model.identity import Subject, subject_of
-from steelyard.release.attest import parse_time, strict_json
+from steelyard.release.attest import parse_time
 from steelyard.release.keys import KeyInfo
 from steelyard.safety.battery import Battery, load_battery
 from steelyard.safety.commit import attempts, commitment

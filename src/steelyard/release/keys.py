@@ -33,6 +33,7 @@ from securesystemslib.signer import CryptoSigner, Key, SSlibKey  # type: ignore[
 from steelyard.base.canonical import canonical_json, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import write_atomic
+from steelyard.base.strict import strict_json
 from steelyard.release.attest import (
     Sha256,
     SignatureError,
@@ -41,7 +42,6 @@ from steelyard.release.attest import (
     read_envelope,
     sign,
     statement_bytes,
-    strict_json,
     verify_envelope,
 )
 
