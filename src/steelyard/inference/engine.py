@@ -24,6 +24,7 @@ from torch import Tensor
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.inference.endpoint import Sampling
 from steelyard.inference.executor import PAGE, Executor
+from steelyard.inference.graphs import DecodeGraphs
 from steelyard.inference.memory import cache_pages, memory_error, out_of_memory
 from steelyard.inference.pages import Pages
 from steelyard.inference.sampling import check_sampling, choose, log_probabilities, margins, penalise
@@ -87,6 +88,7 @@ class Engine:
             if out_of_memory(error):
                 raise memory_error("opening the engine", rows, pages, self.page_bytes) from error
             raise
+        self.graphs = DecodeGraphs(self.executor) if self.executor.device.type == "cuda" else None
         self.pages = Pages(pages)
         self._schedule = Scheduler(self.pages, rows, queue, prefill_tokens)
         self._batch: tuple[list[Generation], Tensor] | None = None  # rows and page tables of the last writing step
@@ -99,6 +101,8 @@ class Engine:
     @property
     def kernels(self) -> str:
         """What the steps are computed with."""
+        if self.graphs is not None:
+            return "torch, captured"
         return "torch" if self.executor.kernels is None else "compiled"
 
     @property
@@ -300,7 +304,7 @@ class Engine:
             self._batch = (rows, torch.tensor(tables, dtype=torch.int32, device=device))
         cached = [generation.cached for generation in rows]
         used = max(cached) // PAGE + 1
-        return self.executor.decode(
+        return (self.graphs or self.executor).decode(
             torch.tensor([generation.tokens[-1] for generation in rows], device=device),
             torch.tensor(cached, device=device),
             self._batch[1][:, :used].contiguous(),
