@@ -6,17 +6,18 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from steelyard.base.errors import SteelyardError
-from steelyard.cli import chat, doctor, key, ledger, measure, model, release, run, safety, scorer
+from steelyard.cli import chat, doctor, key, ledger, measure, model, release, run, safety, scorer, train
 from steelyard.cli.output import one_line
 
 app = typer.Typer(
     name="steelyard",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -30,9 +31,21 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(safety.app, name="safety")
 app.add_typer(scorer.app, name="scorer")
+app.add_typer(train.app, name="train")
 app.add_typer(measure.app, name="measure")
 app.add_typer(key.app, name="key")
 app.add_typer(ledger.app, name="ledger")
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"steelyard {installed('steelyard')}")
+        raise typer.Exit
 
 
 class _Interrupted(BaseException):
