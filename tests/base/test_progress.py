@@ -26,3 +26,19 @@ def test_machines_get_one_json_object_a_line() -> None:
         {"event": "say", "text": "hello"},
         {"event": "progress", "task": "score", "done": 2, "total": 2, "unit": "items"},
     ]
+
+
+def test_machines_get_at_most_one_line_a_second_and_the_last_one() -> None:
+    out = io.StringIO()
+    with JSONProgress(out).task("score", total=10_000, unit="items") as task:
+        for _ in range(9_000):
+            task.advance()
+    counts = [json.loads(line)["done"] for line in out.getvalue().splitlines()]
+    assert counts[0] == 1
+    assert counts[-1] == 9_000  # it ended early, and says how far it came
+    assert len(counts) < 30
+    out = io.StringIO()
+    with JSONProgress(out, every=0).task("score", total=3, unit="items") as task:
+        for _ in range(3):
+            task.advance()
+    assert [json.loads(line)["done"] for line in out.getvalue().splitlines()] == [1, 2, 3]

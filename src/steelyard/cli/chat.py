@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from steelyard.base.errors import UsageError
+from steelyard.cli.options import ModelFolder
+
 
 def chat(
-    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    folder: ModelFolder,
     prompt: Annotated[str | None, typer.Option(help="Answer this one prompt and stop.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt in place of the model's own.")] = None,
     completion: Annotated[bool, typer.Option("--completion", help="Continue plain text; no chat template.")] = False,
@@ -18,6 +20,8 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first answer; counts up by one an answer.")] = 0,
 ) -> None:
     """Chat on a terminal, or answer one --prompt. An empty line ends the chat."""
+    if completion and system is not None:
+        raise UsageError("--system with --completion: plain text has no system prompt: leave one of the two out")
     from dataclasses import replace
 
     from steelyard.inference.endpoint import Message, Request

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steelyard.cli.options import AsJSON
+from steelyard.cli.options import AsJSON, ModelFolder, existing_folder
 from steelyard.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Compare two models' answers and perplexity.", rich_markup_mode=None)
 
-Predecessor = Annotated[Path | None, typer.Option(help="The model folder to compare with, on the same prompts.")]
+Predecessor = Annotated[
+    Path | None, typer.Option(help="The model folder to compare with, on the same prompts.", callback=existing_folder)
+]
 
 
 @app.command("compliance")
 def compliance(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    model: ModelFolder,
     out: Annotated[Path, typer.Argument(help="Folder for the answers and the figures; a stopped run goes on there.")],
     prompts: Annotated[
         list[str], typer.Option(help="NAME=FILE:FIELD, or NAME=FILE:FIELD:OTHER=VALUE to choose rows; CSV or JSONL.")
@@ -103,7 +105,7 @@ def _show(found: dict[str, Any], gap: list[str]) -> None:
 
 @app.command("perplexity")
 def perplexity(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    model: ModelFolder,
     text: Annotated[Path, typer.Argument(help="A UTF-8 text file, or .gz.")],
     predecessor: Predecessor = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens read at once.")] = 1024,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from steelyard.base.errors import UsageError
-from steelyard.cli.options import WORKSPACE, AsJSON, Workspace
+from steelyard.cli.options import WORKSPACE, AsJSON, ModelFolder, Workspace
 from steelyard.cli.output import print_json, print_table
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ def import_(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    folder: ModelFolder,
     gguf: Annotated[str, typer.Option(help="Kind of the weights: F16, BF16 or Q8_0.")],
     out: Annotated[Path, typer.Option(help="The GGUF file to write; must not exist.")],
     as_json: AsJSON = False,
@@ -68,7 +68,7 @@ def export(
 
 
 @app.command()
-def show(folder: Annotated[Path, typer.Argument(help="A model folder.")], as_json: AsJSON = False) -> None:
+def show(folder: ModelFolder, as_json: AsJSON = False) -> None:
     """Print the subject: the digests that name exactly this model."""
     from steelyard.base.progress import default_progress
     from steelyard.model.identity import subject_of

@@ -7,6 +7,17 @@ from typing import Annotated
 
 import typer
 
+from steelyard.base.errors import UsageError
+
+
+def existing_folder(path: Path | None) -> Path | None:
+    """A callback for arguments and options that name a folder to read. Raises UsageError."""
+    if path is not None and not path.is_dir():
+        raise UsageError(f"{path}: {'is not a folder' if path.exists() else 'no such folder'}")
+    return path
+
+
+ModelFolder = Annotated[Path, typer.Argument(help="A model folder.", callback=existing_folder)]
 Workspace = Annotated[
     Path, typer.Option(help="Where the ledger, imported models, runs and the cache live.", envvar="STEELYARD_WORKSPACE")
 ]

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from steelyard.cli.options import WORKSPACE, AsJSON, Keys, PassphraseFile, Workspace
+from steelyard.cli.options import WORKSPACE, AsJSON, Keys, PassphraseFile, Workspace, existing_folder
 from steelyard.cli.output import one_line, passphrase, print_decision, print_json, print_table
 
 
 def release(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished safety run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a finished safety run.", callback=existing_folder)],
     out: Annotated[Path, typer.Argument(help="The bundle to write; must not exist.")],
-    model: Annotated[Path, typer.Option(help="The model folder that was tested.")],
+    model: Annotated[Path, typer.Option(help="The model folder that was tested.", callback=existing_folder)],
     key: Annotated[str, typer.Option(help="Name of the signing key.")],
     policy: Annotated[str, typer.Option(help="preview, public, or a policy's .yaml.")] = "preview",
     predecessor: Annotated[
@@ -58,7 +58,7 @@ def release(
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="A released folder.")],
+    bundle: Annotated[Path, typer.Argument(help="A released folder.", callback=existing_folder)],
     key: Annotated[
         list[Path] | None, typer.Option(help="A public key of your own choosing (PEM); may be repeated.")
     ] = None,

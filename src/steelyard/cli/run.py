@@ -23,7 +23,7 @@ def run(
     """Do what the recipe says; what is done already and unchanged is checked and reused."""
     from steelyard.base.progress import default_progress
     from steelyard.recipe.runner import run_recipe
-    from steelyard.recipe.stages import Refused
+    from steelyard.release.refused import Refused
 
     try:
         results = run_recipe(

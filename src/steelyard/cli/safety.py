@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steelyard.cli.options import WORKSPACE, AsJSON, Workspace
+from steelyard.cli.options import WORKSPACE, AsJSON, ModelFolder, Workspace, existing_folder
 from steelyard.cli.output import print_criteria, print_json
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Run a battery on a model; report o
 
 @app.command("run")
 def run(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    model: ModelFolder,
     out: Annotated[Path, typer.Argument(help="The run's folder; a run that was stopped there is resumed.")],
     battery: Annotated[str, typer.Option(help="quick, or a battery's .yaml.")] = "quick",
     policy: Annotated[
@@ -30,7 +30,10 @@ def run(
     endpoint_model: Annotated[str, typer.Option(help="The model's name at that server.")] = "default",
     predecessor: Annotated[
         Path | None,
-        typer.Option(help="The model folder it comes after: tested beside it, same prompts, same seeds."),
+        typer.Option(
+            help="The model folder it comes after: tested beside it, same prompts, same seeds.",
+            callback=existing_folder,
+        ),
     ] = None,
     fail_fast: Annotated[bool, typer.Option(help="Stop as soon as the model has certainly failed.")] = False,
     workspace: Workspace = WORKSPACE,
@@ -80,7 +83,9 @@ def run(
 
 
 @app.command("report")
-def report(run: Annotated[Path, typer.Argument(help="A run's folder.")], as_json: AsJSON = False) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", callback=existing_folder)], as_json: AsJSON = False
+) -> None:
     """Recompute the report from the journal; write report.json, report.html and report.md again."""
     from steelyard.safety.report import write_report
 

@@ -68,6 +68,14 @@ def fetch(source: str, cache: Path, progress: Progress) -> Path:
     return path
 
 
+def check_source(source: str) -> None:
+    """Raise UsageError where a pip:// or hf:// source is written wrongly. Fetches nothing."""
+    if source.startswith("pip://"):
+        _parse_pip(source)
+    elif source.startswith("hf://"):
+        _parse_hf(source)
+
+
 def fetch_data(source: str, cache: Path, progress: Progress) -> Path:
     """Bring the files of a data set on the Hub (see the module) onto this machine; returns their folder.
 
@@ -155,14 +163,19 @@ def _keep(made: Path, place: Path) -> Path:
 # --- pip:// -----------------------------------------------------------------------------------------------------------
 
 
-def _fetch_pip(source: str, cache: Path, progress: Progress) -> Path:
+def _parse_pip(source: str) -> tuple[re.Match[str], str]:
+    """(the parts of a pip:// source, its digest). Raises UsageError."""
     match = _PIP.fullmatch(source)
     if not match:
         raise UsageError(f"{source}: must be pip://NAME==VERSION/PATH-IN-WHEEL#sha256=HEX")
     fragment = re.fullmatch("sha256=([0-9a-f]{64})", match["fragment"] or "")
     if not fragment:
         raise UsageError(f"{source}: must end in #sha256= and 64 hexadecimal digits: the digest of what is fetched")
-    expected = fragment.group(1)
+    return match, fragment.group(1)
+
+
+def _fetch_pip(source: str, cache: Path, progress: Progress) -> Path:
+    match, expected = _parse_pip(source)
     place = cache / "sources" / expected
     if kept := _cached(place, expected, progress):
         return kept
@@ -248,10 +261,15 @@ def _extract(source: str, wheel: Path, wanted: str, folder: Path, progress: Prog
 # --- hf:// ------------------------------------------------------------------------------------------------------------
 
 
-def _fetch_hf(source: str, cache: Path, progress: Progress) -> Path:
+def _parse_hf(source: str) -> re.Match[str]:
     match = _HF.fullmatch(source)
     if not match:
         raise UsageError(f"{source}: must be hf://ORG/NAME@REVISION; a commit is the revision that stays the same")
+    return match
+
+
+def _fetch_hf(source: str, cache: Path, progress: Progress) -> Path:
+    match = _parse_hf(source)
     try:
         import huggingface_hub
     except ImportError:

@@ -174,12 +174,6 @@ def _raise_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-def _finite(text: str) -> float:
-    if math.isinf(value := float(text)):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return value
-
-
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_SIZE
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from steelyard.base.canonical import digest, sha256_file
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.files import write_atomic
+from steelyard.base.yamlfile import nearest
 from steelyard.recipe.align_stage import AlignStage
 from steelyard.recipe.schema import (
     Context,
@@ -28,7 +29,6 @@ from steelyard.recipe.schema import (
     StageConfig,
     StageKind,
     field,
-    nearest,
 )
 from steelyard.recipe.train_stages import TRAIN_KINDS
 from steelyard.release.refused import Refused  # noqa: F401 - what the release stage raises
@@ -85,6 +85,10 @@ class ImportStage(StageKind[ImportConfig]):
                 raise FieldError(
                     "source", f"unknown kind of source {scheme}://{hint} (allowed: pip://, hf://, a local path)"
                 )
+            from steelyard.hub.sources import check_source
+
+            with field("source"):
+                check_source(config.source)
             return {}
         source = Path(config.source).expanduser()
         if source.is_file():
@@ -110,8 +114,8 @@ class ImportStage(StageKind[ImportConfig]):
 
 
 class SafetyConfig(StageConfig):
-    """`battery` and `policies` are names that ship in the package, or paths of .yaml files. `predecessor`: the stage that
-    made the model which this one comes after; it is tested beside it, on the same prompts with the same seeds."""
+    """`battery` and `policies` are names that ship in the package, or paths of .yaml files. `predecessor`: the stage
+    that made the model which this one comes after; it is tested beside it, on the same prompts and seeds."""
 
     kind: Literal["safety"]
     model: str
