@@ -22,8 +22,9 @@ from typing import Any, Literal
 from steelyard.base.canonical import code_digest, digest, sha256_file, sha256_hex
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Progress, Silent
+from steelyard.base.yamlfile import nearest
 from steelyard.ledger.ledger import Event, Ledger
-from steelyard.recipe.schema import Context, FieldError, Input, Outcome, Recipe, Stage, load_recipe, nearest
+from steelyard.recipe.schema import Context, FieldError, Input, Outcome, Recipe, Stage, load_recipe
 from steelyard.recipe.stages import KINDS
 
 DEFAULT_WORKSPACE = Path(".steelyard")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from steelyard.base.canonical import digest
-from steelyard.base.errors import UsageError
+from steelyard.base.errors import FormatError, UsageError
 from steelyard.base.files import inside
+from steelyard.base.yamlfile import Document, Loc, read_text, read_yaml
 
 Axis = Literal["degeneration", "harmful", "lookalike", "group", "truthfulness"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -165,16 +166,21 @@ def load_battery(name: str) -> Battery:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
             raise UsageError(f"battery {name!r} is unknown: give one of {known}, or the path of a .yaml file")
-    text = read_text(path, MAX_BYTES)
     if path.suffix == ".json":
-        return battery_from_json(text, str(path))
-    raw = parse_yaml(text, str(path))
+        return battery_from_json(read_text(path, "battery", MAX_BYTES), str(path))
+    raw, document = read_yaml(path, "battery", MAX_BYTES)
     if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list):
-        raise UsageError(f"{path}: sets: a battery is a mapping with a list of sets")
-    for index, probe_set in enumerate(raw["sets"]):
-        if isinstance(probe_set, dict) and isinstance(probe_set.get("probes"), str):
-            probe_set["probes"] = _read_probes(inside(path.parent, probe_set["probes"]), f"{path}: sets.{index}.probes")
-    return _validated(raw, str(path))
+        raise document.located(("sets",), "a battery is a mapping with a list of sets")
+    elsewhere: dict[Loc, str] = {}
+    for index, part in enumerate(raw["sets"]):
+        if isinstance(part, dict) and isinstance(part.get("probes"), str):
+            loc: Loc = ("sets", index, "probes")
+            try:
+                part["probes"], places = _read_probes(inside(path.parent, part["probes"]))
+            except (FormatError, UsageError) as error:
+                raise document.located(loc, str(error)) from error
+            elsewhere |= {(*loc, number): place for number, place in enumerate(places)}
+    return replace(document, elsewhere=elsewhere).validate(Battery, raw)
 
 
 def battery_from_json(text: str, where: str) -> Battery:
@@ -183,61 +189,17 @@ def battery_from_json(text: str, where: str) -> Battery:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}") from error
-    return _validated(raw, where)
+    return Document(where, "battery").validate(Battery, raw)
 
 
-def read_text(path: Path, limit: int) -> str:
-    """The text of a UTF-8 file of at most `limit` bytes. Raises UsageError naming file and cause."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise UsageError(f"{path}: is over {limit:,} bytes")
-        return data.decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not UTF-8 text: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Without aliases: a few lines of them can stand for more than any memory holds."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not supported: write it out")
-        return super().compose_node(parent, index)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """What a YAML text holds. Raises UsageError: not YAML, impossible dates and numbers, aliases, nested too deeply."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except RecursionError as error:
-        raise UsageError(f"{where}: nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-
-
-def _read_probes(path: Path, where: str) -> list[object]:
-    try:
-        lines = read_text(path, MAX_BYTES).splitlines()
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
-    probes: list[object] = []
-    for number, line in enumerate(lines, 1):
+def _read_probes(path: Path) -> tuple[list[object], list[str]]:
+    """The probes of a JSONL file, and the place of each (`FILE:LINE`)."""
+    probes, places = list[object](), list[str]()
+    for number, line in enumerate(read_text(path, "file of probes", MAX_BYTES).splitlines(), 1):
         if line.strip():
+            places.append(f"{path}:{number}")
             try:
                 probes.append(json.loads(line))
             except (ValueError, RecursionError) as error:
-                raise UsageError(f"{path}:{number}: not JSON: {error}") from error
-    return probes
-
-
-def _validated(raw: object, where: str) -> Battery:
-    try:
-        return Battery.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{where}: {key or 'battery'}: {first['msg']}") from error
+                raise UsageError(f"{places[-1]}: not JSON: {error}") from error
+    return probes, places

@@ -11,7 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from steelyard.base.canonical import digest
 from steelyard.base.errors import SteelyardError, UsageError
-from steelyard.safety.battery import NAME, Tier, parse_yaml, read_text
+from steelyard.base.yamlfile import read_yaml
+from steelyard.safety.battery import NAME, Tier
 
 MAX_BYTES = 1_000_000  # of a policy's file
 
@@ -117,12 +118,11 @@ def load_policy(name: str) -> Policy:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
             raise UsageError(f"policy {name!r} is unknown: give one of {known}, or the path of a .yaml file")
-    raw = parse_yaml(read_text(path, MAX_BYTES), str(path))
+    raw, document = read_yaml(path, "policy", MAX_BYTES)
     try:
         return Policy.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "required_metric":
-            raise SteelyardError(f"{path}: criteria: {first['msg']}: no policy may leave it out") from error
-        key = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path}: {key or 'policy'}: {first['msg']}") from error
+        lacking = [problem["msg"] for problem in error.errors() if problem["type"] == "required_metric"]
+        if lacking:
+            raise SteelyardError(f"{path}: criteria: {lacking[0]}: no policy may leave it out") from error
+        raise document.explained(Policy, error) from error
