@@ -186,7 +186,10 @@ class Split:
 
     train: tuple[Document, ...]
     validation: tuple[Document, ...]
+    paragraphs: int
+    """Paragraphs that stood in an earlier document, or earlier in their own."""
     duplicates: int
+    """Documents of which nothing new was left."""
     short: int
     over: int
     """Documents past the limit on a source's characters."""
@@ -199,27 +202,29 @@ def split_documents(
     limits: Mapping[str, int] | None = None,
     longest: int | None = None,
 ) -> Split:
-    """Drop documents of the same text (white space aside), order the rest by a hash of their text, hold out a share.
+    """Drop paragraphs and documents that occurred before, order the rest by a hash of their text, hold out a share.
 
-    A document's part depends on its text alone, not on its neighbours. `limits`: the most characters of a source;
-    `longest`: where a document is cut, in characters (a novel must not be most of a split). The share is one of
-    documents, within each source as close as the hash makes it. Raises SteelyardError where either part is empty.
+    Paragraphs of `_SHORTEST` characters and more are compared, white space and case aside, as CCNet's are (Wenzek et
+    al., LREC 2020, section 3.1; LLaMA's crawl came that way): without that, held-out text would be there to copy. A
+    document's part depends on its text alone. `limits`: the most characters of a source; `longest`: where a document
+    is cut, in characters (a novel must not be most of a split). Raises SteelyardError where either part is empty.
     """
     if not 0 < validation_share < 1:
         raise UsageError(f"validation_share is {validation_share}: must be between 0 and 1")
     kept: dict[bytes, Document] = {}
-    duplicates = short = over = 0
+    seen: set[bytes] = set()
+    paragraphs = duplicates = short = over = 0
     for document in documents:
-        text = document.text.strip()
-        if len(text) < _SHORTEST:
+        whole = document.text.strip()
+        if len(whole) < _SHORTEST:
             short += 1
             continue
-        text = text if longest is None else _cut(text, longest)
-        key = hashlib.sha256(" ".join(text.split()).encode()).digest()
-        if key in kept:
+        text, dropped = _new_paragraphs(whole if longest is None else _cut(whole, longest), seen)
+        paragraphs += dropped
+        if len(text) < _SHORTEST:
             duplicates += 1
             continue
-        kept[key] = Document(document.source, document.name, text)
+        kept[_key(text)] = Document(document.source, document.name, text)
     used: dict[str, int] = {}
     parts: tuple[list[Document], list[Document]] = ([], [])
     for key in sorted(kept):
@@ -236,7 +241,28 @@ def split_documents(
             f"of {len(kept):,} documents {len(parts[1]):,} would be held out: give more text, or another "
             "validation_share"
         )
-    return Split(tuple(parts[0]), tuple(parts[1]), duplicates, short, over)
+    return Split(tuple(parts[0]), tuple(parts[1]), paragraphs, duplicates, short, over)
+
+
+def _key(text: str) -> bytes:
+    return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()
+
+
+def _new_paragraphs(text: str, seen: set[bytes]) -> tuple[str, int]:
+    """The text without the paragraphs in `seen`, where the others are put; and how many went."""
+    pieces = re.split(r"(\n\s*\n)", text)
+    out: list[str] = []
+    dropped = 0
+    for number in range(0, len(pieces), 2):
+        paragraph = pieces[number]
+        if len(paragraph) >= _SHORTEST:
+            key = _key(paragraph)
+            if key in seen:
+                dropped += 1
+                continue
+            seen.add(key)
+        out += [pieces[number - 1] if out else "", paragraph]
+    return "".join(out).strip(), dropped
 
 
 def _cut(text: str, longest: int) -> str:

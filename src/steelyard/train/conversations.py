@@ -111,7 +111,7 @@ def _preference_reader(row: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], 
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(ascii(name)[1:41] for name in list(row)[:12]) or "none"
+    return ", ".join(ascii(name)[1:-1][:40] for name in list(row)[:12]) or "none"
 
 
 def _openai(row: Mapping[str, Any]) -> Conversation:
