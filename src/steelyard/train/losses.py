@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steelyard.model.llama import Llama
@@ -67,7 +66,7 @@ def chunked_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, 
     hidden [T, C] and head_weight [V, C] share a dtype; softmax and sum are float32. Logits exist for `chunk` rows at a
     time only (None: what 32 MiB of float32 hold): the gradients of both inputs are computed in the forward pass.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head_weight, targets, chunk)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head_weight, targets, chunk)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -81,18 +80,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         # float32 also for bfloat16 weights: it is a sum over chunks
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for part in kept.split(rows):
-            x, y = hidden[part], targets[part][:, None]  # [n, C], [n, 1]
-            scores = F.log_softmax(x @ weight.T, dim=-1, dtype=torch.float32)  # [n, V]
-            total -= scores.gather(1, y).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            scores.exp_().scatter_add_(1, y, scores.new_full((len(y), 1), -1.0))  # d loss / d logits
-            slope = scores.to(hidden.dtype)
+        for part in torch.split(kept, rows):
+            x, y = hidden[part], targets[part]  # [n, C], [n]
+            scores = x @ weight.T  # [n, V]
+            loss = _softmax_(scores, y)
+            total += loss
             if grad_hidden is not None:
-                grad_hidden[part] = slope @ weight
+                grad_hidden[part] = scores @ weight
             if grad_weight is not None:
-                grad_weight += slope.T @ x
+                grad_weight += scores.T @ x
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
@@ -101,3 +97,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = grads[0]
         hidden, weight = (None if saved is None else saved * scale.to(saved.dtype) for saved in ctx.saved_tensors)
         return hidden, weight, None, None
+
+
+def _softmax_(scores: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross-entropy of logits [n, V]; in their place, its derivative: softmax less 1 at the target.
+
+    A few rows at a time in float32: what does not leave the cache is three times faster on a CPU.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=scores.device)
+    if not len(scores):
+        return total
+    rows = max(16, 2**20 // scores.shape[1]) if scores.device.type == "cpu" else len(scores)
+    for part, target in zip(torch.split(scores, rows), torch.split(targets, rows), strict=True):
+        wide = part.float()
+        shares = torch.softmax(wide, -1)
+        # log-sum-exp is the largest logit less the logarithm of its share
+        total += (wide.amax(-1) - shares.amax(-1).log() - wide.gather(1, target[:, None])[:, 0]).sum()
+        shares.scatter_add_(1, target[:, None], shares.new_full((len(target), 1), -1.0))
+        part.copy_(shares)
+    return total
