@@ -1,4 +1,4 @@
-"""A model of 6 million parameters trained from nothing: `steelyard.train.loop.train` beside a plain transformers loop."""
+"""A model of 6 million parameters trained from nothing: `train` of `steelyard.train.loop` beside transformers."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def test_cosine_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[11] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
 
 
 def test_wsd_stays_then_falls_linearly() -> None:
