@@ -47,13 +47,16 @@ def merkle_root(leaves: Iterable[bytes]) -> str:
     return level[0].hex()
 
 
+SOURCES = {".py", ".cpp"}
+
+
 def code_digest(*packages: str) -> str:
-    """SHA-256 (hex) over every `.py` file of the named `steelyard` rooms (`"safety"`, `"model"`), by relative path.
+    """SHA-256 (hex) over every source file of the named `steelyard` rooms (`"safety"`, `"model"`), by relative path.
 
     This is the "code version that matters" of a stage or a scorer: it changes when, and only when, the source does.
     """
     root = Path(__file__).resolve().parents[1]
-    files = sorted(path for package in packages for path in (root / package).rglob("*.py"))
+    files = sorted(path for package in packages for path in (root / package).rglob("*") if path.suffix in SOURCES)
     if not files:
         raise ValueError(f"no source files under {', '.join(packages)}")
     return digest([[path.relative_to(root).as_posix(), sha256_file(path)] for path in files])

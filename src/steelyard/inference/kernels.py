@@ -15,14 +15,16 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from steelyard.base.canonical import sha256_hex
 from steelyard.base.errors import SteelyardError
+from steelyard.inference.endpoint import Sampling
 from steelyard.model.llama import LlamaConfig
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -30,6 +32,18 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-
 LANES = 16
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _COMPILE_SECONDS = 300
+# `Settings` of kernels.cpp
+SETTINGS = np.dtype(
+    [
+        ("temperature", "f4"),
+        ("top_p", "f4"),
+        ("min_p", "f4"),
+        ("top_k", "i4"),
+        ("seed", "u8"),
+        ("position", "u4"),
+        ("", "u4"),
+    ]
+)
 
 
 def serves(dtype: torch.dtype, config: LlamaConfig) -> bool:
@@ -124,6 +138,7 @@ class Kernels:
         self._pack = function("pack", pointer, pointer, number, number, whole)
         self._linear = function("linear", *[pointer] * 4, *[number] * 3, whole)
         self._attend = function("attend", *[pointer] * 9, *[number] * 5, whole)
+        self._choose = function("choose", *[pointer] * 3, number, number, whole)
         library.padded_outs.argtypes, library.padded_outs.restype = [number], number
         self._padded: Callable[[int], int] = library.padded_outs
 
@@ -173,3 +188,18 @@ class Kernels:
         sizes = (*tables.shape, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self._attend(*(tensor.data_ptr() for tensor in tensors), *sizes, torch.get_num_threads())
         return out
+
+    def choose(
+        self, logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]
+    ) -> Tensor:
+        """The next token of every row of logits [B, V]: int64 [B], -1 where logits are not finite. See sampling.py."""
+        rows, vocab = logits.shape
+        settings = np.zeros(rows, SETTINGS)
+        for row, sampling, seed, position in zip(settings, samplings, seeds, positions, strict=True):
+            top_p = sampling.top_p if sampling.top_p < 1 else 2.0
+            row["temperature"], row["top_p"], row["min_p"] = sampling.temperature, top_p, sampling.min_p
+            row["top_k"], row["seed"], row["position"] = sampling.top_k, seed % 2**64, position % 2**32
+        tokens = torch.empty(rows, dtype=torch.int64)
+        pointers = (logits.data_ptr(), settings.ctypes.data, tokens.data_ptr())
+        self._choose(*pointers, rows, vocab, torch.get_num_threads())
+        return tokens

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steelyard.base.errors import SteelyardError
+from steelyard.inference import kernels
 from steelyard.inference.endpoint import Sampling
 
 BLOCK = 256
@@ -131,6 +132,9 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[int], 
     `positions` are the indices of the generated token within its completion. A row's token depends on that row's
     arguments alone. A row whose largest logit is NaN or infinite gives -1.
     """
+    compiled = kernels.load(logits.dtype) if logits.device.type == "cpu" and logits.dtype in kernels.SUFFIX else None
+    if compiled is not None:
+        return compiled.choose(logits.contiguous(), samplings, seeds, positions)
     greedy = [i for i, sampling in enumerate(samplings) if sampling.temperature == 0]
     if len(greedy) == len(samplings):
         return _greedy(logits)
