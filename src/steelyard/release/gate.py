@@ -483,7 +483,8 @@ def _check_predecessor(
         return
     where = evidence.where["predecessor"]
     if others and named.subject != others[-1]:
-        yield Finding("predecessor", f"{where}: is not a run on the last release of {name!r}, {others[-1][:16]}")
+        text = f"is not a run on the last release of {name!r}, subject {others[-1][:16]}: test beside that one"
+        yield Finding("predecessor", f"{where}: {text}, or release it under another name")
     if evidence.predecessor is None:
         return  # missing, by check_pair
     its = _of_predecessor(evidence, evidence.predecessor)
