@@ -363,35 +363,36 @@ def test_check_holds_few_logits_at_once(tiny: Llama, monkeypatch: pytest.MonkeyP
 
 
 def smollm2_prompts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
-    """Pieces of this project's licence, from 1 to 150 tokens, and short chat turns among them."""
+    """Pieces of this project's licence, from 1 to 80 tokens, and short chat turns among them."""
     text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     ids, pick = tokenizer.encode(text, bos=False), random.Random(1)
     prompts = []
     for i in range(count):
         start = pick.randrange(len(ids) - 200)
-        piece = ids[start : start + (pick.randint(60, 150) if i % 10 == 0 else pick.randint(1, 50))]
-        if i % 3 == 2:
-            turn = (
-                f"<|im_start|>user\nWhat does this mean? {tokenizer.decode(piece)}<|im_end|>\n<|im_start|>assistant\n"
-            )
+        piece = ids[start : start + (pick.randint(40, 80) if i % 20 == 0 else pick.randint(1, 12))]
+        if i % 6 == 5:
+            turn = f"<|im_start|>user\nExplain {tokenizer.decode(piece)}<|im_end|>\n<|im_start|>assistant\n"
             piece = tokenizer.encode(turn, bos=False, special=True)
         prompts.append(piece)
     return prompts
 
 
 @pytest.mark.slow
-def test_smollm2_greedy_equals_transformers_on_100_prompts_in_one_batch(smollm2: Path) -> None:
+def test_smollm2_greedy_equals_transformers_on_200_prompts_with_eviction_and_refill(smollm2: Path) -> None:
     from transformers import LlamaForCausalLM
 
     tokenizer = Tokenizer.load(smollm2)
-    prompts = smollm2_prompts(tokenizer, 100)
-    engine = Engine(load_llama(smollm2, dtype=torch.float32), tokenizer.eos_ids, tokenizer.decode)
-    ours = [tokens for tokens, _ in engine.generate(prompts, [Sampling(max_tokens=64)] * 100, [0] * 100)]
+    prompts, limits = smollm2_prompts(tokenizer, 200), [2 + i * 5 % 7 for i in range(200)]
+    model = load_llama(smollm2, dtype=torch.float32)
+    cache = 300 * Executor.bytes_per_page(model.config, torch.float32)
+    engine = Engine(model, tokenizer.eos_ids, tokenizer.decode, rows=64, cache_bytes=cache, prefill_tokens=512)
+    done = engine.generate(prompts, [Sampling(max_tokens=limit) for limit in limits], [0] * 200)
+    ours = [tokens for tokens, _ in done]
 
     peer = LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    order = sorted(range(100), key=lambda i: len(prompts[i]))
+    order = sorted(range(200), key=lambda i: len(prompts[i]))
     theirs: dict[int, list[int]] = {}
-    for group in (order[:50], order[50:90], order[90:]):
+    for group in (order[:90], order[90:150], order[150:180], order[180:]):
         longest = max(len(prompts[i]) for i in group)
         padded = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in group])
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
@@ -399,39 +400,42 @@ def test_smollm2_greedy_equals_transformers_on_100_prompts_in_one_batch(smollm2:
             out = peer.generate(
                 padded,
                 attention_mask=mask,
-                max_new_tokens=64,
+                max_new_tokens=8,
                 do_sample=False,
                 eos_token_id=sorted(tokenizer.eos_ids),
                 pad_token_id=0,
             )
         for i, row in zip(group, out[:, longest:].tolist(), strict=True):
             ends = [place for place, token in enumerate(row) if token in tokenizer.eos_ids]
-            theirs[i] = row[: ends[0] + 1] if ends else row
-    assert ours == [theirs[i] for i in range(100)]
-    assert sum(map(len, ours)) > 4000
+            theirs[i] = (row[: ends[0] + 1] if ends else row)[: limits[i]]
+    assert ours == [theirs[i] for i in range(200)]
+    assert sum(map(len, ours)) > 900
+    assert engine.counts.steps > 15
 
 
 @pytest.mark.slow
 def test_smollm2_sampled_is_the_same_in_batches_of_1_7_and_64(smollm2: Path) -> None:
     tokenizer = Tokenizer.load(smollm2)
-    engine = Engine(load_llama(smollm2, dtype=torch.float32), tokenizer.eos_ids)
-    prompts = [prompt[:20] for prompt in smollm2_prompts(tokenizer, 64)]
-    samplings = [Sampling(temperature=1.0, top_p=1.0 if i % 2 else 0.9, max_tokens=12) for i in range(64)]
-    together = engine.generate(prompts, samplings, range(64))
-    for size, upto in ((7, 63), (1, 14)):
-        for start in range(0, upto, size):
-            part = slice(start, start + size)
-            assert engine.generate(prompts[part], samplings[part], range(64)[part]) == together[part]
+    model = load_llama(smollm2, dtype=torch.float32)
+    prompts = [prompt[:10] for prompt in smollm2_prompts(tokenizer, 64)]
+    samplings = [Sampling(temperature=1.0, top_p=1.0 if i % 2 else 0.9, max_tokens=6) for i in range(64)]
+    engines = [Engine(model, tokenizer.eos_ids, rows=rows) for rows in (64, 7, 1)]
+    together, sevens, ones = (
+        engine.generate(prompts[:some], samplings[:some], range(some))
+        for engine, some in zip(engines, (64, 64, 12), strict=True)
+    )
+    assert sevens == together
+    assert ones == together[:12]
 
 
 @pytest.mark.slow
 def test_smollm2_bfloat16_repeats_bit_for_bit_and_checks_out(smollm2: Path) -> None:
     tokenizer = Tokenizer.load(smollm2)
     engine = Engine(load_llama(smollm2), tokenizer.eos_ids)
-    prompts = smollm2_prompts(tokenizer, 48)
-    sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=24)
-    first = engine.generate(prompts, [sampling] * 48, range(48))
-    assert engine.generate(prompts, [sampling] * 48, range(48)) == first
-    margins = [m for i in range(0, 48, 3) for m in engine.check(prompts[i], first[i][0], sampling, i)]
+    prompts = smollm2_prompts(tokenizer, 32)
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=16)
+    first = engine.generate(prompts, [sampling] * 32, range(32))
+    assert engine.generate(prompts, [sampling] * 32, range(32)) == first
+    margins = [m for i in range(0, 32, 2) for m in engine.check(prompts[i], first[i][0], sampling, i)]
     assert sum(m == 0 for m in margins) > 0.9 * len(margins)
     assert sorted(margins)[int(0.99 * len(margins))] < 0.5  # bfloat16 rounding, prefill against decoding
