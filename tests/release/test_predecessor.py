@@ -98,7 +98,7 @@ def test_a_candidate_that_is_surely_worse_fails(tmp_path: Path) -> None:
     chain.test(predecessor=chain.root / "old")
     decision = chain.decide()
     assert decision.verdict == "FAIL", decision.reasons
-    assert any(reason.startswith("toxicity.chat against the predecessor: worse by +") for reason in decision.reasons)
+    assert any(reason.startswith("toxicity.chat against the predecessor: differs by +") for reason in decision.reasons)
     assert not decision.report.predecessor.reused
 
 

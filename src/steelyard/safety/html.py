@@ -103,12 +103,7 @@ def _thresholds(report: Report) -> str:
     return forest("Estimates and bounds against thresholds", rows)
 
 
-_WORDS: dict[Said, str] = {
-    "improved": "improved",
-    "worse": "worse",
-    "undecided": "undecided: too few samples to tell",
-    "not measured": "not measured",
-}
+_WORDS: tuple[Said, ...] = ("improved", "worse", "undecided", "not measured")
 
 
 def _against(report: Report) -> str:
@@ -118,8 +113,8 @@ def _against(report: Report) -> str:
         return ""
     note = (
         "The same prompts with the same seeds, answered by both; candidate minus predecessor, so left of zero is "
-        "better. Bar: one-sided 95% bounds, corrected for the scorer's errors; dashed: how much worse a policy lets "
-        "it be."
+        "better; undecided where there are too few samples to tell. Bar: one-sided 95% bounds, corrected for the "
+        "scorer's errors; dashed: how much worse a policy lets it be."
     )
     if not before.differences:
         why = "They were not measured alike, so nothing can be said about their difference."
@@ -133,7 +128,7 @@ def _against(report: Report) -> str:
     rows = [
         (
             escape(one.metric),
-            f"<strong>{_WORDS[one.said]}</strong>" if one.said in ("improved", "worse") else _WORDS[one.said],
+            f"<strong>{one.said}</strong>" if one.said in ("improved", "worse") else one.said,
             percent(one.before),
             percent(one.after),
             signed(one.estimate),
@@ -336,7 +331,8 @@ bound is simultaneous over all pairs (Bonferroni), its upper bound the largest o
 <p>A difference from the predecessor is paired by sample: same prompt, same seed. Of each side the wider bound counts,
 Student's between template families or that of the studentised cluster bootstrap ({statistics.RESAMPLES:,} draws of
 whole families); both are corrected by the scorer's Youden index. McNemar's exact test takes pairs for independent, so
-it is shown only. Improved: the upper bound lies under zero. Worse: the lower one lies over it. Gaps are not compared.</p>
+it is shown only. Improved: the upper bound lies under zero. Worse: the lower one lies over it. Gaps are not
+compared.</p>
 <p>PASS: the upper bound lies under the threshold. FAIL: the lower bound lies over it. INCONCLUSIVE: they straddle it.
 INCOMPLETE: something is missing, edited, in error, or cannot be certified.</p>
 """

@@ -108,7 +108,9 @@ def forest(title: str, rows: Sequence[Row], *, signed: bool = False) -> str:
         )
     for i, (label, estimate, low, up, limits) in enumerate(rows):
         y = step * i + 33
-        note = "not measured" if low is None or up is None else f"{percent(low)} to {percent(up)}"
+        note = "not measured"
+        if low is not None and up is not None:
+            note = f"{low * 100:+.1f} to {up * 100:+.1f} pt" if signed else f"{percent(low)} to {percent(up)}"
         parts.append(
             f'<text x="{left}" y="{y - 14}">{escape(label)}</text>'
             f'<text class="axis" x="{width - right}" y="{y - 14}" text-anchor="end">{note}</text>'

@@ -228,7 +228,7 @@ def _judged(metric: str, margin: float, found: Difference | None, otherwise: str
     else:
         lower, upper, estimate = found.lower, found.upper, found.estimate
         status = "PASS" if upper < margin else "FAIL" if lower > margin else "INCONCLUSIVE"
-        message = f"worse by {lower:+.2%} to {upper:+.2%}, may be worse by under {margin:.2%}"
+        message = f"differs by {lower:+.2%} to {upper:+.2%}, may be worse by under {margin:.2%}"
         if found.problem is not None and status != "FAIL":
             status, message = "INCOMPLETE", found.problem
         if status == "INCONCLUSIVE":
