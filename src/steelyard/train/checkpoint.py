@@ -34,6 +34,7 @@ from steelyard.train.distributed import Ranks
 MARK = "complete.json"
 BEST = "best.json"
 LIMIT = 64_000_000  # bytes of complete.json
+FILE_BYTES = 128 << 20  # of a file of tensors, unless one tensor alone is larger
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,24 @@ class Checkpoints:
         return None
 
 
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number, from 1 on, of the file that each tensor goes to. The writer makes two copies of a whole file in
+    memory, so files are small.
+    """
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > FILE_BYTES:
+            number, size = number + 1, 0
+        size += tensor.nbytes
+        numbers[name] = number
+    return numbers
+
+
 def write_tensors(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
     """The shards of this rank as safetensors files in `folder`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks of torch on its own interfaces
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(folder), _files(tensors), save_distributed=True)
         save(tensors, storage_writer=writer, no_dist=alone)
 
 
