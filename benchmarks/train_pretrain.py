@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -99,9 +99,12 @@ def ours(rounds: Any, model: str) -> None:
     from steelyard.model.llama import Llama, LlamaConfig
     from steelyard.train.loop import TrainOptions, train
     from steelyard.train.losses import CrossEntropy
+    from steelyard.train.speed import compiler
 
     data = _Data(rounds)
     fresh = Llama(LlamaConfig(**SHAPE)).initialise(0)  # type: ignore[arg-type]
-    options = TrainOptions(steps=data.steps_per_epoch, learning_rate=1e-3, checkpoint_every=0)
+    # as `auto` decides for a run of some minutes; compiling falls into preflight, before the first round
+    mode: Literal["on", "off"] = "on" if compiler() else "off"
+    options = TrainOptions(steps=data.steps_per_epoch, learning_rate=1e-3, checkpoint_every=0, compile=mode)
     with tempfile.TemporaryDirectory() as folder:
         train(fresh, data, CrossEntropy(), options, Path(folder), progress=_Turns(data))

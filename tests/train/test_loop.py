@@ -19,7 +19,7 @@ from training_runs import LENGTHS, VOCABULARY, Data, Reported, batch, options, t
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.model.llama import Llama
-from steelyard.train import checkpoint, preflight
+from steelyard.train import checkpoint, preflight, speed
 from steelyard.train.batch import IGNORE, Batch
 from steelyard.train.guard import Interrupted, folder_lock
 from steelyard.train.loop import TrainOptions, TrainResult, train
@@ -415,6 +415,25 @@ def test_preflight_refuses_a_disk_that_is_too_small(tmp_path: Path, monkeypatch:
 def test_options_that_contradict_themselves_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         options(**changes)
+
+
+def test_compiling_without_a_compiler_is_said_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "compiler", lambda: None)
+    with pytest.raises(UsageError, match=r"compile: on needs a C\+\+ compiler"):
+        run(tmp_path / "on", compile="on")
+    said = Reported()
+    run(tmp_path / "auto", said=said)
+    assert any("no C++ compiler" in line for line in said.lines)
+
+
+def test_operations_of_a_step_are_those_of_its_products() -> None:
+    model = tiny()
+    tokens, config = 10, model.config
+    every = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.model.embed_tokens.weight.numel()
+    attention = 12 * config.num_hidden_layers * 32 * (6 * 6 + 4 * 4) / 2
+    assert speed.step_operations(model, tokens, (6, 4)) == 6 * every * tokens + attention
+    model.requires_grad_(False)
+    assert speed.step_operations(model, tokens, (6, 4)) == 4 * every * tokens + attention
 
 
 def test_epochs_are_counted_in_steps() -> None:

@@ -40,7 +40,7 @@ from steelyard.train.preflight import (
 )
 from steelyard.train.report import write_report
 from steelyard.train.schedule import learning_rate
-from steelyard.train.speed import compile_blocks, matrix_rate, step_operations
+from steelyard.train.speed import compile_blocks, matrix_rate, reuse_memory, step_operations
 from steelyard.train.weights import LocalWeights, ShardedWeights, Weights, named_masters
 
 __all__ = ["ChatCheck", "Interrupted", "TrainOptions", "TrainResult", "train"]
@@ -111,6 +111,7 @@ class _Run(Generic[B]):
         self.loader, self.objective, self.options, self.validation = loader, objective, options, validation
         self.folder, self.group, self.steps, self.say = folder, group, steps, say
         dtype = getattr(torch, options.dtype)
+        reuse_memory()
         floor = options.learning_rate / 10 if options.min_lr is None else options.min_lr
         self.rate = learning_rate(options.schedule, options.learning_rate, floor, options.warmup, steps, options.decay)
         shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
