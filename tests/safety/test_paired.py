@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +205,82 @@ def test_killed_while_it_is_committed(
     assert report.predecessor is not None
     assert not report.predecessor.reused
     assert len(ledger.events("safety.committed")) == 2
+
+
+KILLED = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from safety_fakes import FakeEndpoint, job
+from test_paired import POLICIES, SMALL, aligned, plain
+from steelyard.ledger.ledger import Ledger
+from steelyard.safety.run import run_battery
+
+def slowly(say):
+    def answer(request):
+        time.sleep(0.004)
+        return say(request)
+    return FakeEndpoint(answer)
+
+place = Path(sys.argv[2])
+# Imported once; every run is a process of its own, forked from this one, whose id the test is told.
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        both = job(battery=SMALL, policies=POLICIES, endpoint=slowly(aligned), predecessor=slowly(plain))
+        with Ledger(place / "ledger.sqlite") as ledger:
+            run_battery(both, out=place / "run", ledger=ledger)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_killed_at_random_moments_it_ends_as_a_quiet_one(runner: Runner, tmp_path: Path) -> None:
+    """Kill -9 whenever the two journals have grown a little further, in the one and then in the other."""
+    place = tmp_path / "killed"
+    place.mkdir()
+    paths = [place / "run" / "journal.jsonl", place / "run" / "predecessor" / "journal.jsonl"]
+    moments = random.Random(3)
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(place)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        interrupted, code = 0, -1
+        for kill in range(40):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            child = int(process.stdout.readline())
+            before, deadline = written(paths), time.monotonic() + 120
+            step = moments.choice((0, 1, 4_000))  # before anything is written; at the next byte; within a later batch
+            while kill < 9 and written(paths) < before + step and Path(f"/proc/{child}").exists():
+                assert time.monotonic() < deadline, "the run does not get on"
+                time.sleep(0.001)
+            if kill < 9:
+                time.sleep(moments.uniform(0, 0.03))
+                with suppress(ProcessLookupError):  # it was faster
+                    os.kill(child, signal.SIGKILL)
+            code = int(process.stdout.readline())
+            interrupted += code == -signal.SIGKILL
+            if code == 0:
+                break
+        process.stdin.close()
+    assert code == 0
+    assert interrupted >= 6
+    report, quiet = load_report(place / "run" / "report.json"), runner()
+    assert report.findings == ()
+    assert said(report) == said(quiet)
+    with Ledger(place / "ledger.sqlite") as ledger:
+        assert len(ledger.events("safety.committed")) == 2
+
+
+def written(paths: list[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.exists())
 
 
 # -- a journal used again --------------------------------------------------------------------------------------------
