@@ -410,7 +410,7 @@ def test_smollm2_greedy_equals_transformers_on_200_prompts_with_eviction_and_ref
             theirs[i] = (row[: ends[0] + 1] if ends else row)[: limits[i]]
     assert ours == [theirs[i] for i in range(200)]
     assert sum(map(len, ours)) > 900
-    assert engine.counts.steps > 15
+    assert engine.counts.steps > 12  # all at once would take 9
 
 
 @pytest.mark.slow

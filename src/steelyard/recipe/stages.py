@@ -166,7 +166,11 @@ class SafetyStage(StageKind[SafetyConfig]):
         from steelyard.scorers.registry import open_scorer
 
         def tested(folder: Path) -> Tested:
-            return Tested(LocalEndpoint.open(folder), subject_of(folder, context.progress), shipped_sampling(folder))
+            return Tested(
+                LocalEndpoint.open(folder, progress=context.progress),
+                subject_of(folder, context.progress),
+                shipped_sampling(folder),
+            )
 
         battery = _battery("battery", context.config.battery)
         job = Job(
