@@ -14,13 +14,16 @@ OUT = Path(__file__).resolve().parent / "out"
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of ours beside the peer's from the same run. `bar`: the ratio (ours / peer) to reach, or None."""
+    """A figure of ours beside the peer's from the same run. `bar`: the ratio (ours / peer) to reach, or None; not to
+    pass where `less_is_better`, as with memory.
+    """
 
     metric: str
     ours: float
     peer: float
     peer_name: str
     bar: float | None = None
+    less_is_better: bool = False
 
     @property
     def ratio(self) -> float:
@@ -28,7 +31,9 @@ class Row:
 
     @property
     def holds(self) -> bool | None:
-        return None if self.bar is None else self.ratio >= self.bar
+        if self.bar is None:
+            return None
+        return self.ratio <= self.bar if self.less_is_better else self.ratio >= self.bar
 
 
 def report(name: str, rows: Sequence[Row]) -> None:
