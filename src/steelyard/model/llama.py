@@ -382,13 +382,18 @@ class Llama(nn.Module):
         documents = lengths if isinstance(lengths, Documents) else Documents(lengths, tokens.device)
         if len(tokens) != sum(documents.lengths):
             raise ValueError(f"{len(tokens)} tokens, but documents of {sum(documents.lengths)} together")
-        x: Tensor = self.model.embed_tokens(tokens)
-        cos, sin = self._packed_rotary(positions, documents.lengths)
-        for layer in self.model.layers:
-            assert isinstance(layer, Block)
-            x = layer.packed(x, cos, sin, documents, self.activation_checkpointing)
+        x = self.through(range(self.config.num_hidden_layers), self.model.embed_tokens(tokens), positions, documents)
         out: Tensor = self.model.norm(x)
         return out
+
+    def through(self, layers: range, x: Tensor, positions: Tensor, documents: Documents) -> Tensor:
+        """The stream x [T, C] of packed documents after `layers`: a part of what `packed` does."""
+        cos, sin = self._packed_rotary(positions, documents.lengths)
+        for number in layers:
+            layer = self.model.layers[number]
+            assert isinstance(layer, Block)
+            x = layer.packed(x, cos, sin, documents, self.activation_checkpointing)
+        return x
 
     def _packed_rotary(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines float32 [T, 1, D]; `dynamic` scaling goes by each document's own length."""

@@ -19,11 +19,11 @@ class AlignConfig(StageConfig):
 
     kind: Literal["align"]
     model: str
-    epochs: float = Field(default=1.0, gt=0, le=20)
-    learning_rate: float = Field(default=1e-4, gt=0, lt=1)
-    first_layer: int = Field(default=14, ge=0)
-    forms_per_phrase: int = Field(default=2, ge=1, le=3)
-    learned_tokens: int = Field(default=16, ge=4, le=256, description="of a harmless answer")
+    epochs: float = Field(default=3.0, gt=0, le=20)
+    learning_rate: float = Field(default=2e-4, gt=0, lt=1)
+    first_layer: int = Field(default=22, ge=1)
+    forms_per_phrase: int = Field(default=1, ge=1, le=3)
+    learned_tokens: int = Field(default=10, ge=4, le=256, description="of a harmless answer")
     seed: int = Field(default=0, ge=0)
 
 

@@ -8,7 +8,9 @@ Context distillation as in LLaMA 2 (Touvron et al. 2023, arXiv:2307.09288, secti
 2. Harmless prompts, worded alike, are answered plainly, and the model's own words are kept: they teach it to stay as it
    is. Only their first tokens are learned, since those decide whether it declines; the end of such an answer is not
    taught, so that answers do not grow short.
-3. The upper layers are tuned on both. Prompts held out from training tell how far it worked.
+3. The upper layers are tuned on both, over several epochs. Harm can be read off the middle layers of a small model
+   as well as off the last ones, so what lies below them need not change, and is computed once (`upper.py`). Prompts
+   held out from training tell how far it worked.
 
 Everything is done in blocks that are kept in the work folder; a stopped run goes on from there.
 """
@@ -37,10 +39,10 @@ from steelyard.train.chat_data import ChatLoader, ChatSamples, Supervision
 from steelyard.train.conversations import Conversation
 from steelyard.train.distill import KEPT, DistilledRow, context_distil
 from steelyard.train.loop import TrainOptions, TrainResult, train
-from steelyard.train.losses import CrossEntropy
 from steelyard.train.safety_prompts import WrittenPrompt, preprompts, written_prompts
 from steelyard.train.sft import Shown
 from steelyard.train.tuning import Tuning, export_tuned, open_for_tuning
+from steelyard.train.upper import UpperLayers
 
 BLOCK = 128  # prompts answered and kept at a time
 MAX_LENGTH = 512  # tokens of a conversation
@@ -58,12 +60,12 @@ _TURNS = re.compile(r"\b(?:you can|you should|you could|i can|i'll|here)\b", re.
 class SafetyTuning:
     """How to align. `learned_tokens` of a harmless answer are learned; layers below `first_layer` stay as they are."""
 
-    forms_per_phrase: int = 2
+    forms_per_phrase: int = 1
     answer_tokens: int = 40
-    learned_tokens: int = 16
-    epochs: float = 1.0
-    learning_rate: float = 1e-4
-    first_layer: int = 14
+    learned_tokens: int = 10
+    epochs: float = 3.0
+    learning_rate: float = 2e-4
+    first_layer: int = 22
     tokens_per_step: int = 1024
     seed: int = 0
 
@@ -113,6 +115,8 @@ def align(
     """
     if out.exists():
         raise SteelyardError(f"{out} exists already: remove it or choose another place")
+    if options.first_layer < 1:
+        raise UsageError("first_layer must be at least 1: layers below it are computed once and kept")
     chosen = list(written_prompts(options.forms_per_phrase) if prompts is None else prompts)
     endpoint = open_endpoint(model)
     learned = [prompt for prompt in chosen if not prompt.held_out]
@@ -342,7 +346,7 @@ def _tune(
     result = train(
         model,
         loader,
-        CrossEntropy(),
+        UpperLayers(options.first_layer),
         TrainOptions(
             steps=steps,
             learning_rate=options.learning_rate,
