@@ -6,6 +6,8 @@ Letters as in `llama.py`; T is the number of tokens of all documents together.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,7 +48,8 @@ class Documents:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention inside each document: q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # not measured: no GPU was at hand
+    # not measured: no GPU was at hand
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _has_variable_length():
         return _variable_length(q, k, v, documents)
     if not q.is_cuda and torch.is_grad_enabled() and documents.longest <= BLOCKED_UP_TO:
         blocked: Tensor = _Blocked.apply(q, k, v, documents)  # type: ignore[no-untyped-call]
@@ -191,6 +194,16 @@ def _same_length(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
+
+
+@functools.cache
+def _has_variable_length() -> bool:
+    """Whether this PyTorch's kernel takes grouped heads and a causal window; older ones do not."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def _variable_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
