@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from steelyard.model.packed import Documents
 from steelyard.model.llama import Llama
+from steelyard.model.packed import Documents
 from steelyard.train.batch import IGNORE, Batch
 from steelyard.train.losses import LossSum, chunked_cross_entropy
 
