@@ -71,6 +71,8 @@ def _accelerator() -> dict[str, str]:
         return {"gpu": "unknown (torch is not installed)"}
     import torch
 
+    from steelyard.inference.kernels import describe
+
     cpu = torch.backends.cpu.get_cpu_capability()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    return {"gpu": gpu, "cpu_capability": cpu}
+    return {"gpu": gpu, "cpu_capability": cpu, "cpu_kernels": describe()}
