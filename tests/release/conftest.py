@@ -7,13 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scenario import Chain
+from scenario import Chain, make_battery, make_policy
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def built(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """Read only."""
-    return Chain.build(tmp_path_factory.mktemp("chain") / "root")
+    folder = once("release-built", lambda folder: Chain.build(folder / "root"))
+    return _chain(folder / "root").copy(tmp_path_factory.mktemp("chain") / "root")
+
+
+def _chain(root: Path) -> Chain:
+    """What `Chain.build` made there."""
+    return Chain(root, make_battery(), (make_policy(),))
 
 
 @pytest.fixture

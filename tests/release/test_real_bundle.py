@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,14 @@ def lenient() -> Policy:
 
 
 @pytest.fixture(scope="module")
-def released(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """The bundle, the public key, and the policy's file."""
-    place = tmp_path_factory.mktemp("released")
+def released(smollm2: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> tuple[Path, Path, Path]:
+    """The bundle, the public key, and the policy's file. Read only."""
+    place = once("real-bundle", lambda folder: release(smollm2, folder))
+    return place / "bundle", place / "keys" / "tester.pub.pem", place / "lenient.yaml"
+
+
+def release(smollm2: Path, place: Path) -> None:
+    """Test the model and release it, all under `place`."""
     battery, policy = excerpt(), lenient()
     policy_file = place / "lenient.yaml"
     policy_file.write_text(yaml.safe_dump(policy.model_dump(mode="json")))
@@ -71,7 +77,6 @@ def released(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
             key=card,
             out=place / "bundle",
         )
-    return place / "bundle", place / "keys" / "tester.pub.pem", policy_file
 
 
 def test_it_verifies_and_its_journal_comes_out_of_its_weights_again(released: tuple[Path, Path, Path]) -> None:

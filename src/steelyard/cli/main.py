@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -53,6 +54,8 @@ class _Interrupted(BaseException):
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    # Where it strikes while a connection to the ledger is being closed, the library would print a traceback of it.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     raise _Interrupted
 
 
