@@ -14,6 +14,7 @@ from torch import Tensor
 from steelyard.base.errors import SteelyardError
 from steelyard.inference import kernels, sampling
 from steelyard.inference.endpoint import Sampling
+from steelyard.inference.engine import Engine
 from steelyard.inference.executor import PAGE, Executor
 from steelyard.model.llama import Llama, LlamaConfig
 
@@ -101,6 +102,20 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch_and_any_cut(dtype: torch.dty
     parts.prefill([long[:37]], [0], [table])
     assert torch.equal(parts.prefill([long[37:-1]], [37], [table])[0], first[4])
     assert torch.equal(parts.prefill([long[-1:]], [len(long) - 1], [table])[0], crowd[4])
+
+
+@compiled
+def test_what_a_full_batch_wrote_is_exactly_what_a_check_finds() -> None:
+    engine = Engine(build(dtype=torch.bfloat16), frozenset(), rows=7)
+    draw = random.Random(2)
+    prompts = [[draw.randrange(301) for _ in range(draw.randrange(1, 60))] for _ in range(30)]
+    samplings = [
+        Sampling(max_tokens=draw.randrange(1, 30), temperature=draw.choice([0, 1]), top_p=0.9) for _ in prompts
+    ]
+    done = engine.generate(prompts, samplings, range(30))
+    for i, (tokens, _) in enumerate(done):
+        assert max(engine.check(prompts[i], tokens, samplings[i], i)) < 1e-5
+        assert max(engine.check(prompts[i], [(tokens[0] + 1) % 301], samplings[i], i)) > 1e-5
 
 
 @compiled

@@ -1,9 +1,10 @@
 """The engine: requests of any length enter and leave one running batch.
 
 Each step writes one token for every row of the batch and then reads prompts for the rows that are free (the rules are
-`scheduler.py`'s). A row's noise depends on its seed and position alone, so in float32 its tokens do not depend on the
-batch; in coarser dtypes rounding decides near ties otherwise in another batch, but the same list of requests is always
-served by the same steps, and yields the same tokens bit for bit on the same machine. Not for use by several threads.
+`scheduler.py`'s). A row's noise depends on its seed and position alone, and with the compiled kernels so do its logits:
+its tokens are the same in any batch, bit for bit on the same machine. In plain PyTorch another batch rounds otherwise,
+which may decide a near tie; the same list of requests is still always served by the same steps. Not for use by several
+threads.
 
 >>> handle = engine.submit([1, 5, 9], Sampling(max_tokens=8), text=True)
 >>> while not handle.done:
@@ -198,10 +199,11 @@ class Engine:
     ) -> list[float]:
         """How far each of `tokens`, said to come from `prompt`, is from what this model would have chosen there.
 
-        One forward pass over prompt and tokens. 0.0 where it is the choice, else the margin of `sampling.margins`, in
-        units of logit / temperature (of logit, where greedy): small where only rounding differs (other hardware, other
-        batch), large where the tokens are not this model's. infinity for a token after a stop token. Errors as in
-        `submit`; also for more tokens than `max_tokens`.
+        The model reads prompt and tokens. 0.0 where it is the choice, else the margin of `sampling.margins`, in units
+        of logit / temperature (of logit, where greedy): small where only rounding differs (other hardware, another
+        batch in plain PyTorch; compiled kernels give the same logits in any batch), large where the tokens are not this
+        model's. infinity for a token after a stop token. The engine must be idle. Errors as in `submit`; also for more
+        tokens than `max_tokens`.
         """
         if not tokens:
             raise SteelyardError(f"request {name}: no tokens to check")
@@ -209,19 +211,33 @@ class Engine:
         if len(tokens) > sampling.max_tokens:
             raise SteelyardError(f"request {name}: {len(tokens)} tokens where max_tokens is {sampling.max_tokens}")
         self._check_vocabulary(tokens, name)
-        device = self.model.model.embed_tokens.weight.device
-        whole = torch.tensor([[*prompt, *tokens[:-1]]], device=device)
-        stream = self.model.hidden(whole)[0, len(prompt) - 1 :]  # [len(tokens), C]
-        given = torch.tensor(tokens, device=device)
-        found: list[float] = []
-        for start in range(0, len(tokens), CHECK_TOKENS):
-            part = range(start, min(start + CHECK_TOKENS, len(tokens)))
-            logits = self.model.head(stream[part.start : part.stop])
-            logits = penalise(logits, [sampling] * len(part), [(prompt, tokens[:i]) for i in part])
-            found += margins(logits, given[part.start : part.stop], sampling, seed, part)
+        if not self.idle:
+            raise SteelyardError("the engine is serving other requests: a check needs it alone")
+        self._schedule.clear()
+        table = self.pages.take(pages_for(len(prompt), len(tokens)))
+        try:
+            found = self._margins(prompt, tokens, sampling, seed, table)
+        finally:
+            self.executor.clear(table)  # logits that were not finite would leave a NaN behind
+            self.pages.release(table)
         stops = [i for i, token in enumerate(tokens) if self._stops(token, sampling)]
         if stops:
             found[stops[0] + 1 :] = [float("inf")] * (len(tokens) - stops[0] - 1)
+        return found
+
+    def _margins(
+        self, prompt: Sequence[int], tokens: Sequence[int], sampling: Sampling, seed: int, table: Sequence[int]
+    ) -> list[float]:
+        """`sampling.margins` of all `tokens`, a part of the logits at a time."""
+        given, first = torch.tensor(tokens, device=self.executor.device), len(prompt) - 1
+        for start in range(0, first, self.prefill_tokens):
+            self.executor.prefill([prompt[start : min(start + self.prefill_tokens, first)]], [start], [table])
+        read, found = [prompt[-1], *tokens[:-1]], list[float]()
+        for start in range(0, len(tokens), CHECK_TOKENS):
+            part = range(start, min(start + CHECK_TOKENS, len(tokens)))
+            logits = self.executor.prefill([read[start : part.stop]], [first + start], [table], every=True)
+            logits = penalise(logits, [sampling] * len(part), [(prompt, tokens[:i]) for i in part])
+            found += margins(logits, given[start : part.stop], sampling, seed, part)
         return found
 
     # -- checks -----------------------------------------------------------------------------------------------------

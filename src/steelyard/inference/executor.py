@@ -30,7 +30,8 @@ class Executor:
     """Runs one model's steps on the pages it owns.
 
     Page 0 is scratch: padding of a page table points there, and an allocator must never hand it out. The model's
-    projections are fused in place (its parameters become views), so no weight is held twice.
+    projections are fused in place: its parameters become views. Compiled kernels read weights in an order of their own,
+    of which they hold a copy beside the model's.
     """
 
     def __init__(self, model: Llama, pages: int) -> None:
@@ -72,9 +73,15 @@ class Executor:
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]
+        self,
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        *,
+        every: bool = False,
     ) -> Tensor:
-        """Read sequences into their pages, in one packed pass without padding; logits [n, V] after each one's last.
+        """Read sequences into their pages, in one packed pass without padding; logits [n, V] after each one's last
+        token, or [T, V] after `every` token.
 
         `tokens[i]` are positions `starts[i]`... of the sequence whose pages are `tables[i]`; positions before them are
         in its pages already (a shared prefix, or an earlier part).
@@ -86,7 +93,7 @@ class Executor:
         firsts = F.pad(lengths.cumsum(0), (1, 0)).to(self.device)  # [n + 1]
         where = torch.tensor(starts, device=self.device)
         pages = torch.tensor(padded, dtype=torch.int32, device=self.device)
-        return self._run(flat, self._attention(firsts, where, pages), firsts[1:] - 1)
+        return self._run(flat, self._attention(firsts, where, pages), None if every else firsts[1:] - 1)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, lengths: Tensor, tables: Tensor) -> Tensor:
