@@ -102,7 +102,6 @@ def _show(report: Report, run: Path, as_json: bool) -> None:
     if report.predecessor is not None:
         from steelyard.safety.html import in_words
 
-        print(
-            f"against the predecessor {report.predecessor.subject_digest[:16]}: {in_words(report.predecessor.differences)}"
-        )
+        words = in_words(report.predecessor.differences)
+        print(f"against the predecessor {report.predecessor.subject_digest[:16]}: {words}")
     print(f"report: {run / 'report.html'}")
