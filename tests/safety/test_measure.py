@@ -26,6 +26,7 @@ from steelyard.safety.measure import (
     read_answers,
     read_prompts,
     relative_fall,
+    sample,
     summarise,
 )
 
@@ -87,6 +88,12 @@ def test_prompts_come_from_csv_and_jsonl_also_packed_and_chosen_by_a_field(tmp_p
     for name in ("a.csv", "a.csv.gz", "a.jsonl"):
         assert read_prompts(f"x={tmp_path / name}:ask").prompts == ("One, two?", "Three?")
         assert read_prompts(f"x={tmp_path / name}:ask:label=safe") == PromptSet("x", ("One, two?",))
+
+
+def test_a_sample_is_spread_over_the_set() -> None:
+    whole = PromptSet("x", tuple("abcdefghij"))
+    assert sample(whole, 4).prompts == ("a", "c", "f", "h")
+    assert sample(whole, None) == sample(whole, 10) == sample(whole, 99) == whole
 
 
 @pytest.mark.parametrize(

@@ -33,16 +33,17 @@ def compliance(
         str | None, typer.Option(help="HIGH,LOW: two sets whose rates of full refusal are compared.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=2, help="Prompts of a set, evenly spread over it.")] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Answer the prompts as the models ship, judge every answer, and give rates and paired differences."""
     from steelyard.base.errors import UsageError
     from steelyard.base.files import write_atomic
     from steelyard.base.progress import default_progress
-    from steelyard.safety.measure import difference, read_prompts, summarise
+    from steelyard.safety.measure import difference, read_prompts, sample, summarise
 
     progress = default_progress(as_json=as_json)
-    sets = [read_prompts(spec) for spec in prompts]
+    sets = [sample(read_prompts(spec), limit) for spec in prompts]
     names = gap.split(",") if gap else []
     if gap and (len(names) != 2 or not set(names) <= {one.name for one in sets}):
         raise UsageError(f"--gap {gap}: give two of the sets, as HIGH,LOW (sets: {', '.join(s.name for s in sets)})")

@@ -102,6 +102,14 @@ def read_prompts(spec: str) -> PromptSet:
     return PromptSet(name, tuple(prompts))
 
 
+def sample(one: PromptSet, limit: int | None) -> PromptSet:
+    """`limit` prompts, evenly spread over the set, or all where it has no more."""
+    count = len(one.prompts)
+    if limit is None or limit >= count:
+        return one
+    return PromptSet(one.name, tuple(one.prompts[number * count // limit] for number in range(limit)))
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     text = read_text(path)
     if path.name.removesuffix(".gz").endswith(".csv"):
