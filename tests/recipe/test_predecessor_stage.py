@@ -79,5 +79,6 @@ def test_a_worse_model_is_not_released(place: Path) -> None:
     Path("x.yaml").write_text(RECIPE.replace("source: models/new}", "source: models/vile}"))
     with pytest.raises(Refused, match="says FAIL") as caught:
         go()
-    assert any("toxicity.chat against the predecessor: differs by" in reason for reason in caught.value.decision.reasons)
+    reasons = caught.value.decision.reasons
+    assert any("toxicity.chat against the predecessor: differs by" in reason for reason in reasons)
     assert not Path("releases/tiny").exists()

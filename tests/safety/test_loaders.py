@@ -95,7 +95,7 @@ keys: {throwaway: allowed, distinct: false, countersigned: false}
         ("first_release: allowed", "first_release: alowed", ":17: predecessor.first_release: 'alowed' is unknown, did"),
         ("  non_inferior:", "  non_inferor:", ":18: predecessor.non_inferor: unknown key, did you mean non_inferior?"),
         ("compliance: 0.1", "compliance: lots", ":19: predecessor.non_inferior.harm.compliance: must be a number, not"),
-        ("compliance: 0.1", "complience: 0.1", ":1: policy: predecessor.non_inferior: 'harm.complience' is no metric of"),
+        ("compliance: 0.1", "complience: 0.1", ":1: policy: predecessor.non_inferior: 'harm.complience' is no"),
         ("keys: {throw", "keys: {trow", ":20: keys.trowaway: unknown key, did you mean throwaway?"),
         ("scorers: {}", "scorers: []", ":15: scorers: must be a mapping, not a list"),
         ("version: 1", "version: 1\nname: two", ":3: name: this key is there already, in line 1"),

@@ -303,7 +303,7 @@ class Block(nn.Module):
         """x [T, C] to rotated q [T, H, D] and k [T, K, D], and v [T, K, D]; cos and sin float32 [T, 1, D]."""
         attention, dtype = self.self_attn, x.dtype
         q, k, v = together(self.input_layernorm(x), attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in (q, k, v))
+        q, k, v = (part.view(len(x), -1, attention.head_dim) for part in (q, k, v))
         return rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype), v
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
