@@ -19,10 +19,11 @@ class AlignConfig(StageConfig):
 
     kind: Literal["align"]
     model: str
-    epochs: float = Field(default=3.0, gt=0, le=20)
-    learning_rate: float = Field(default=2e-4, gt=0, lt=1)
+    epochs: float = Field(default=2.0, gt=0, le=20)
+    learning_rate: float = Field(default=3e-4, gt=0, lt=1)
     first_layer: int = Field(default=22, ge=1)
-    forms_per_phrase: int = Field(default=1, ge=1, le=3)
+    harmful_forms: int = Field(default=1, ge=1, le=3, description="of words around a harmful phrase")
+    harmless_forms: int = Field(default=2, ge=1, le=3)
     learned_tokens: int = Field(default=10, ge=4, le=256, description="of a harmless answer")
     seed: int = Field(default=0, ge=0)
 

@@ -58,13 +58,17 @@ _TURNS = re.compile(r"\b(?:you can|you should|you could|i can|i'll|here)\b", re.
 
 @dataclass(frozen=True)
 class SafetyTuning:
-    """How to align. `learned_tokens` of a harmless answer are learned; layers below `first_layer` stay as they are."""
+    """How to align. `learned_tokens` of a harmless answer are learned; layers below `first_layer` stay as they are.
 
-    forms_per_phrase: int = 1
+    More forms of a harmless phrase than of a harmful one make a model that declines less often, rightly or wrongly.
+    """
+
+    harmful_forms: int = 1
+    harmless_forms: int = 2
     answer_tokens: int = 40
     learned_tokens: int = 10
-    epochs: float = 3.0
-    learning_rate: float = 2e-4
+    epochs: float = 2.0
+    learning_rate: float = 3e-4
     first_layer: int = 22
     tokens_per_step: int = 1024
     seed: int = 0
@@ -117,7 +121,10 @@ def align(
         raise SteelyardError(f"{out} exists already: remove it or choose another place")
     if options.first_layer < 1:
         raise UsageError("first_layer must be at least 1: layers below it are computed once and kept")
-    chosen = list(written_prompts(options.forms_per_phrase) if prompts is None else prompts)
+    if prompts is None:
+        prompts = [prompt for prompt in written_prompts(options.harmful_forms) if prompt.harmful]
+        prompts += [prompt for prompt in written_prompts(options.harmless_forms) if not prompt.harmful]
+    chosen = list(prompts)
     endpoint = open_endpoint(model)
     learned = [prompt for prompt in chosen if not prompt.held_out]
     refused = _refusals(endpoint, learned, options, refusal, toxicity, work / "answers", progress)
