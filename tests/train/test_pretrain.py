@@ -58,7 +58,7 @@ def test_it_learns_and_is_read_back(tmp_path: Path, data: tuple[Path, Shards], k
 def test_the_start_is_a_guess_and_depth_does_not_blow_it_up(data: tuple[Path, Shards]) -> None:
     model = new_model(SHAPE | {"num_hidden_layers": 12}, data[0], 3)
     layer = model.model.layers[0]
-    small, large = (float(w.std()) for w in (layer.self_attn.o_proj.weight, layer.self_attn.q_proj.weight))  # type: ignore[union-attr]
+    small, large = (float(w.detach().std()) for w in (layer.self_attn.o_proj.weight, layer.self_attn.q_proj.weight))  # type: ignore[union-attr]
     assert small == pytest.approx(large / 24**0.5, rel=0.1)
     loss = torch.nn.functional.cross_entropy(model(torch.arange(60)[None])[0], torch.arange(1, 61))
     assert float(loss) == pytest.approx(5.70, abs=0.2)
