@@ -280,13 +280,16 @@ def test_perplexity_scores_each_token_once_with_its_context(smollm2: Path, tmp_p
         total = 0.0
         for place in range(1, len(ids)):
             # The first window starts the text; later ones end every four tokens.
-            end = 12 if place < 12 else min(12 + 4 * math.ceil((place - 11) / 4), len(ids))
-            start = max(0, end - 12)
+            end = 13 if place < 13 else min(13 + 4 * math.ceil((place - 12) / 4), len(ids))
+            start = max(0, end - 13)
             row = model(torch.tensor([ids[start:place]]))[0, -1].float()
             total += float(F.cross_entropy(row[None], torch.tensor(ids[place : place + 1])))
     assert slid.tokens == len(ids) - 1 == sum(count for _, count in slid.windows)
     assert slid.per_token == pytest.approx(math.exp(total / slid.tokens), rel=2e-2)
     assert slid.bits_per_byte == pytest.approx(math.log2(slid.per_token) * slid.tokens / len(text.encode()))
+    apart = perplexity(smollm2, tmp_path / "t.txt", Silent(), window=8, stride=8)
+    assert apart.tokens == slid.tokens
+    assert apart.per_token > slid.per_token > whole.per_token  # less context is worse
     rise = relative_rise(slid, slid)
     assert (rise.estimate, rise.lower, rise.upper) == (0, 0, 0)
     with pytest.raises(UsageError, match="different tokens"):

@@ -19,7 +19,7 @@ class AlignConfig(StageConfig):
 
     kind: Literal["align"]
     model: str
-    epochs: float = Field(default=2.0, gt=0, le=20)
+    epochs: float = Field(default=1.0, gt=0, le=20)
     learning_rate: float = Field(default=3e-4, gt=0, lt=1)
     first_layer: int = Field(default=22, ge=1)
     harmful_forms: int = Field(default=1, ge=1, le=3, description="of words around a harmful phrase")

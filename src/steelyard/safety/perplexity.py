@@ -38,7 +38,7 @@ def perplexity(folder: Path, text: Path, progress: Progress, *, window: int = 10
     """Of the model in `folder` on the file `text`, in the model's stored dtype (softmax in float32).
 
     The text is read in windows of `window` tokens that advance by `stride`: each token is scored once, with at least
-    `window - stride` tokens before it but at the text's start. Raises UsageError for sizes that cannot be.
+    `window - stride + 1` tokens before it but at the text's start. Raises UsageError for sizes that cannot be.
     """
     tokenizer, model = Tokenizer.load(folder), load_llama(folder)
     content = read_text(text)
@@ -54,8 +54,8 @@ def perplexity(folder: Path, text: Path, progress: Progress, *, window: int = 10
         scored = 1  # the first token is given
         while scored < len(ids):
             # The first window scores all it holds, a later one its last `stride` tokens.
-            end = min(window if not windows else scored + stride, len(ids))
-            start = max(0, end - window)
+            end = min(1 + window if not windows else scored + stride, len(ids))
+            start = max(0, end - 1 - window)  # `window` tokens are read to predict up to the one before `end`
             loss = _loss(model, ids[start:end], scored - start)
             windows.append((loss, end - scored))
             task.advance(end - scored)

@@ -8,8 +8,8 @@ Context distillation as in LLaMA 2 (Touvron et al. 2023, arXiv:2307.09288, secti
 2. Harmless prompts, worded alike, are answered plainly, and the model's own words are kept: they teach it to stay as it
    is. Only their first tokens are learned, since those decide whether it declines; the end of such an answer is not
    taught, so that answers do not grow short.
-3. The upper layers are tuned on both, over several epochs. Harm can be read off the middle layers of a small model
-   as well as off the last ones, so what lies below them need not change, and is computed once (`upper.py`). Prompts
+3. The upper layers are tuned on both. Harm can be read off the middle layers of a small model
+   as well as off the last ones, so what lies below them need not change, and is computed once for all epochs (`upper.py`). Prompts
    held out from training tell how far it worked.
 
 Everything is done in blocks that are kept in the work folder; a stopped run goes on from there.
@@ -67,7 +67,7 @@ class SafetyTuning:
     harmless_forms: int = 2
     answer_tokens: int = 40
     learned_tokens: int = 10
-    epochs: float = 2.0
+    epochs: float = 1.0
     learning_rate: float = 3e-4
     first_layer: int = 22
     tokens_per_step: int = 1024
