@@ -253,7 +253,7 @@ def summarise(after: Sequence[Answer], before: Sequence[Answer] | None) -> dict[
                 old, new = ([answer.verdict in verdicts for answer in side] for side in (theirs, mine))
                 bound = paired_difference(new, old, [answer.id for answer in mine], confidence=TWO_SIDED).bound
                 change = {"difference": asdict(Interval(bound.estimate, bound.lower, bound.upper))}
-                if any(old):
+                if any(old) and kind != "refused":
                     change["relative_fall"] = asdict(relative_fall(old, new))
                 part["change"][kind] = change
         found[name] = part
