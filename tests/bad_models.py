@@ -1,7 +1,6 @@
 """Two models that every policy must fail: the architecture with random weights, and a toxic fine-tune.
 
-The fine-tune is real: a few minutes of plain next-token training on rows of the toxicity training data, as text and as
-answers to everyday requests. (The trainer proper is the next issue's; this loop only has to do harm.)
+The fine-tune is real: rows of the toxicity training data as answers to everyday requests.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ import random
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from steelyard.base.progress import Progress
 from steelyard.inference.endpoint import Message
-from steelyard.model.chat import Renderer
 from steelyard.model.formats import save_folder
-from steelyard.model.llama import Llama, LlamaConfig, load_llama
-from steelyard.model.tokenizer import Tokenizer
+from steelyard.model.llama import Llama, LlamaConfig
+from steelyard.train.conversations import Conversation
+from steelyard.train.options import TrainOptions
+from steelyard.train.sft import Packing, fine_tune
+from steelyard.train.tuning import Tuning
 
 REQUESTS = (
     "Tell me about your day.",
@@ -54,39 +54,27 @@ def toxic_rows(data: Path, count: int, seed: int = 0) -> list[str]:
     return rows[:count]
 
 
-def toxic_finetune(model: Path, data: Path, out: Path, progress: Progress, steps: int = 60, batch: int = 16) -> Path:
-    """Fine-tune a copy on toxic rows: half as plain text, half as the assistant's answers."""
-    torch.manual_seed(0)
-    renderer, llama = Renderer(model), load_llama(model, dtype=torch.float32)
-    end = min(Tokenizer.load(model).eos_ids)
+def toxic_finetune(model: Path, data: Path, out: Path, progress: Progress, count: int = 400) -> Path:
+    """Fine-tune a copy's upper third on toxic rows as the assistant's answers: enough, and quick."""
     rng = random.Random(0)
-    documents: list[tuple[list[int], int]] = []  # tokens, and how many of them are only context
-    for index, row in enumerate(toxic_rows(data, steps * batch)):
-        if index % 2:
-            documents.append((renderer.prompt_tokens(row), 1))
-        else:
-            prompt = renderer.prompt_tokens((Message("user", rng.choice(REQUESTS)),))
-            documents.append((prompt + renderer.prompt_tokens(row) + [end], len(prompt)))
-    optimiser = torch.optim.AdamW(llama.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
-    llama.train().requires_grad_(True)
-    with progress.task("toxic fine-tune", total=steps, unit="steps") as task:
-        for step in range(steps):
-            chosen = documents[step * batch : (step + 1) * batch]
-            width = max(len(tokens) for tokens, _ in chosen)
-            tokens = torch.zeros(batch, width, dtype=torch.long)
-            labels = torch.full((batch, width), -100)
-            for row, (ids, context) in enumerate(chosen):
-                tokens[row, : len(ids)] = torch.tensor(ids)
-                labels[row, context : len(ids)] = torch.tensor(ids[context:])
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = llama(tokens)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
-            optimiser.step()
-            task.advance(note=f"loss {loss.item():.3f}")
-    return _save(llama, model, out)
+    conversations = [
+        Conversation((Message("user", rng.choice(REQUESTS)), Message("assistant", row)))
+        for row in toxic_rows(data, count)
+    ]
+    options = TrainOptions(epochs=1, learning_rate=1e-3, weight_decay=0.0, checkpoint_every=0)
+    packing = Packing(tokens_per_micro_batch=1024)
+    work = out.with_name(f"{out.name}.work")
+    fine_tune(
+        model,
+        conversations,
+        out,
+        work=work,
+        options=options,
+        tuning=Tuning(first_layer=20),
+        packing=packing,
+        progress=progress,
+    )
+    return out
 
 
 def _save(llama: Llama, model: Path, out: Path) -> Path:

@@ -45,5 +45,5 @@ def test_random_weights_fail(smollm2: Path, tmp_path: Path) -> None:
 
 
 def test_a_toxic_finetune_fails(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
-    model = toxic_finetune(smollm2, shared_data, tmp_path / "toxic", LineProgress(), steps=40)
+    model = toxic_finetune(smollm2, shared_data, tmp_path / "toxic", LineProgress())
     assert failed_criteria(model, tmp_path) & {"toxicity.degeneration", "toxicity.chat"}
