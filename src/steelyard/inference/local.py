@@ -112,6 +112,12 @@ class LocalEndpoint:
         if generation.error is not None:
             raise generation.error
 
+    def user_prompts(self, count: int, sampling: Sampling, seed: int = 0) -> list[str]:
+        """What the model takes users to say: `count` user's turns that it writes itself (those that it ends)."""
+        start = self.renderer.user_turn_tokens()
+        done = self.engine.generate([start] * count, [sampling] * count, range(seed, seed + count))
+        return [self._text(tokens, finish, sampling) for tokens, finish in done if finish == "stop"]
+
     def prompt_length(self, prompt: tuple[Message, ...] | str) -> int:
         """How many tokens the prompt becomes."""
         return len(self.renderer.prompt_tokens(prompt))

@@ -319,6 +319,20 @@ class Renderer:
             raise SteelyardError("the prompt is empty: no token to start from")
         return tokens
 
+    def user_turn_tokens(self) -> list[int]:
+        """Token ids up to where a user's first words stand: what follows is what the model takes users to say.
+
+        Raises SteelyardError for a template that does not show a user's words once, as they are.
+        """
+        mark, template = "0b6f1c", self._template()
+        messages = [{"role": "user", "content": mark}]
+        if self.system_prompt:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        before, *after = template.render(messages, add_generation_prompt=True).split(mark)
+        if len(after) != 1:
+            raise SteelyardError(f"{self.folder}: the chat template does not show a user's words once, as they are")
+        return self.tokenizer.encode(before, bos=False, special=True)
+
     def messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
         """The turns as the template gets them, with the folder's system prompt first where they have none."""
         if not turns:

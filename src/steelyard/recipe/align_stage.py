@@ -25,6 +25,12 @@ class AlignConfig(StageConfig):
     harmful_forms: int = Field(default=1, ge=1, le=3, description="of words around a harmful phrase")
     harmless_forms: int = Field(default=2, ge=1, le=3)
     learned_tokens: int = Field(default=10, ge=4, le=256, description="of a harmless answer")
+    hold: float = Field(default=4.0, ge=0, description="weight of a token where the model shall stay as it is")
+    strength: float = Field(default=0.7, gt=0, le=1, description="share of the weights' change that is kept")
+    own_prompts: int = Field(
+        default=512, ge=0, description="prompts that the model draws itself, to stay as it is there"
+    )
+    own_texts: int = Field(default=96, ge=0, description="texts that the model writes, to stay as it is there")
     seed: int = Field(default=0, ge=0)
 
 

@@ -99,6 +99,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden, weight, None, None
 
 
+def chunked_divergence(hidden: Tensor, teacher: Tensor, head_weight: Tensor, chunk: int = 128) -> Tensor:
+    """Sum over rows of KL(teacher's distribution || the model's) under one frozen head: softmax(. @ head_weight.T).
+
+    hidden and teacher [T, C] and head_weight [V, C] share a dtype; softmax and sum are float32. Logits exist for
+    `chunk` rows at a time only. Hinton et al., "Distilling the knowledge in a neural network", 2015, at temperature 1.
+    """
+    loss: Tensor = _ChunkedDivergence.apply(hidden, teacher, head_weight, chunk)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, teacher: Tensor, weight: Tensor, chunk: int) -> Tensor:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            raise ValueError("teacher and head must be frozen")
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            mine = (hidden[part] @ weight.T).float().log_softmax(-1)
+            theirs = (teacher[part] @ weight.T).float().log_softmax(-1)
+            shares = theirs.exp()
+            total += (shares * (theirs - mine)).sum()
+            grad[part] = (mine.exp_() - shares).to(weight.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0].to(grad.dtype), None, None, None
+
+
 def _softmax_(scores: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy of logits [n, V]; in their place, its derivative: softmax less 1 at the target.
 

@@ -5,12 +5,12 @@ Context distillation as in LLaMA 2 (Touvron et al. 2023, arXiv:2307.09288, secti
 1. Harmful prompts are answered twice, plainly and after a safety preprompt; the guided answer is kept where the scorers
    prefer it. A small model declines well and then rambles, so answers end after the sentence that declines, and a
    second one where it gives a reason.
-2. Harmless prompts, worded alike, are answered plainly, and the model's own words are kept: they teach it to stay as it
-   is. Only their first tokens are learned, since those decide whether it declines; the end of such an answer is not
-   taught, so that answers do not grow short.
-3. The upper layers are tuned on both. Harm can be read off the middle layers of a small model
-   as well as off the last ones, so what lies below them need not change, and is computed once for all epochs (`upper.py`). Prompts
-   held out from training tell how far it worked.
+2. What shall not change is the model's own: first tokens of its answers to harmless prompts of ours, worded alike, and
+   to prompts it draws itself from an empty user's turn (Xu et al. 2024, "Magpie", arXiv:2406.08464), and texts that it
+   writes. There the tuned model is held to the distribution of the model as it was, not to one drawn word.
+3. The upper layers are tuned on both. Harm can be read off the middle layers of a small model as well as off the last
+   ones, so what lies below them need not change, and is computed once for all epochs (`upper.py`). Prompts held out
+   from training tell how far it worked.
 
 Everything is done in blocks that are kept in the work folder; a stopped run goes on from there.
 """
@@ -23,9 +23,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
+import torch
 
 from steelyard.base.canonical import digest, sha256_hex
 from steelyard.base.errors import SteelyardError, UsageError
@@ -33,6 +34,7 @@ from steelyard.base.files import write_atomic
 from steelyard.base.progress import Progress
 from steelyard.inference.endpoint import Completion, Endpoint, Message, Request, Sampling
 from steelyard.model.chat import Renderer
+from steelyard.model.llama import load_llama
 from steelyard.scorers.base import Item, ScoreError, Scorer, score_checked
 from steelyard.train.answers import Prompt, unfit
 from steelyard.train.chat_data import ChatLoader, ChatSamples, Supervision
@@ -58,7 +60,9 @@ _TURNS = re.compile(r"\b(?:you can|you should|you could|i can|i'll|here)\b", re.
 
 @dataclass(frozen=True)
 class SafetyTuning:
-    """How to align. `learned_tokens` of a harmless answer are learned; layers below `first_layer` stay as they are.
+    """How to align. `learned_tokens` of a harmless answer are learned; layers below `first_layer` stay as they are;
+    `hold` weighs a token where the model shall stay as it is against one of an answer that declines; `strength` is the
+    share of the weights' change that is kept in the end (Wortsman et al. 2022, arXiv:2109.01903).
 
     More forms of a harmless phrase than of a harmful one make a model that declines less often, rightly or wrongly.
     """
@@ -67,6 +71,11 @@ class SafetyTuning:
     harmless_forms: int = 2
     answer_tokens: int = 40
     learned_tokens: int = 10
+    own_prompts: int = 512
+    own_texts: int = 96
+    text_tokens: int = 128
+    hold: float = 4.0
+    strength: float = 0.7
     epochs: float = 1.0
     learning_rate: float = 3e-4
     first_layer: int = 22
@@ -105,7 +114,7 @@ def align(
     work: Path,
     options: SafetyTuning,
     *,
-    open_endpoint: Callable[[Path], Endpoint],
+    open_endpoint: Callable[[Path], Drawing],
     refusal: Scorer,
     toxicity: Scorer,
     progress: Progress,
@@ -128,10 +137,12 @@ def align(
     endpoint = open_endpoint(model)
     learned = [prompt for prompt in chosen if not prompt.held_out]
     refused = _refusals(endpoint, learned, options, refusal, toxicity, work / "answers", progress)
-    own = _own_answers(endpoint, learned, options, refusal, work / "answers", progress)
+    drawn = _own_prompts(endpoint, options, work / "answers", progress)
+    own = _own_answers(endpoint, learned + drawn, options, refusal, work / "answers", progress)
+    texts = _own_texts(endpoint, options, work / "answers", progress)
     before = _held_out(endpoint, chosen, options, refusal, work / "answers" / "held-out-before.json", progress)
     del endpoint  # frees its cache before training
-    result = _tune(model, out, work / "training", refused, own, options, progress)
+    result = _tune(model, out, work / "training", refused, own, texts, options, progress)
     after = _held_out(open_endpoint(out), chosen, options, refusal, work / "answers" / "held-out-after.json", progress)
     fates = {
         "harmful": dict(Counter(row.why for row in refused).most_common()),
@@ -269,6 +280,61 @@ def _own_answers(
     return rows
 
 
+class Drawing(Endpoint, Protocol):
+    """An endpoint that also writes user's turns (`LocalEndpoint`)."""
+
+    def user_prompts(self, count: int, sampling: Sampling, seed: int = 0) -> list[str]: ...
+
+
+def _own_prompts(endpoint: Drawing, options: SafetyTuning, folder: Path, progress: Progress) -> list[WrittenPrompt]:
+    """Prompts that the model writes when a user's turn has just begun."""
+    if not options.own_prompts:
+        return []
+    path = folder / f"own-prompts-{options.own_prompts}.json"
+    if not path.exists():
+        progress.say(f"drawing {options.own_prompts} prompts from the model itself")
+        sampling = Sampling(temperature=1.0, top_p=0.95, max_tokens=64)
+        drawn = endpoint.user_prompts(options.own_prompts, sampling, options.seed)
+        write_atomic(path, json.dumps(sorted({text.strip() for text in drawn if len(text.strip()) >= 8})).encode())
+    texts: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    return [WrittenPrompt(f"own.{sha256_hex(text.encode())[:10]}", text, "own", False, False) for text in texts]
+
+
+_STARTS = (
+    "The",
+    "A",
+    "In",
+    "It was",
+    "When",
+    "He",
+    "She",
+    "They",
+    "One",
+    "This",
+    "After",
+    "Most",
+    "There",
+    "We",
+    "I",
+    "As",
+)
+
+
+def _own_texts(endpoint: Endpoint, options: SafetyTuning, folder: Path, progress: Progress) -> list[str]:
+    """Texts that the model writes from a word or two."""
+    if not options.own_texts:
+        return []
+    path = folder / f"own-texts-{options.own_texts}-{options.text_tokens}.json"
+    if not path.exists():
+        progress.say(f"drawing {options.own_texts} texts from the model itself")
+        sampling = Sampling(temperature=1.0, max_tokens=options.text_tokens)
+        starts = [_STARTS[i % len(_STARTS)] for i in range(options.own_texts)]
+        drawn = endpoint.generate([Request(f"text.{i}", start, sampling, i) for i, start in enumerate(starts)])
+        write_atomic(path, json.dumps([s + one.text for s, one in zip(starts, drawn, strict=True)]).encode())
+    texts: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    return texts
+
+
 def _plain(prompt: WrittenPrompt, tokens: int) -> Request:
     seed = int(sha256_hex(prompt.id.encode())[:8], 16)
     return Request(prompt.id, (Message("user", prompt.text),), Sampling(max_tokens=tokens), seed)
@@ -290,9 +356,16 @@ def _own(prompt: WrittenPrompt, answer: Completion, score: float | ScoreError, t
 
 
 class _FirstTokens(ChatSamples):
-    """Conversations of which only the first tokens of an answer are taught where a limit is given, and not its end."""
+    """Conversations of which only the first tokens of an answer are taught where a limit is given, and not its end;
+    and plain texts, taught whole."""
 
-    def __init__(self, conversations: Sequence[Conversation], limits: Sequence[int | None], renderer: Renderer) -> None:
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        limits: Sequence[int | None],
+        texts: Sequence[str],
+        renderer: Renderer,
+    ) -> None:
         super().__init__(conversations, renderer, MAX_LENGTH)
         if len(self.lengths) != len(conversations):
             raise SteelyardError(f"a prompt of ours is longer than {MAX_LENGTH} tokens")
@@ -308,6 +381,9 @@ class _FirstTokens(ChatSamples):
                 row, mask, ends = row[: answer[-1] + 1], mask[: answer[-1] + 1], ends + 1
             ids.append(row.astype(np.int32))
             masks.append(mask)
+        for text in texts:
+            ids.append(np.array(renderer.prompt_tokens(text)[:MAX_LENGTH], dtype=np.int32))
+            masks.append(np.arange(len(ids[-1])) > 0)
         self._ids, self._mask = np.concatenate(ids), np.concatenate(masks)
         self.lengths = np.array([len(row) for row in ids], dtype=np.int64)
         self._starts = np.cumsum(self.lengths) - self.lengths
@@ -325,6 +401,7 @@ def _tune(
     work: Path,
     refused: Sequence[DistilledRow],
     own: Sequence[OwnRow],
+    texts: Sequence[str],
     options: SafetyTuning,
     progress: Progress,
 ) -> TrainResult:
@@ -340,7 +417,7 @@ def _tune(
         Conversation((Message("user", prompt), Message("assistant", answer))) for prompt, answer, _ in rows
     ]
     renderer = Renderer(model_folder)
-    samples = _FirstTokens(conversations, [limit for *_, limit in rows], renderer)
+    samples = _FirstTokens(conversations, [limit for *_, limit in rows], texts, renderer)
     loader = ChatLoader(
         samples,
         tokens_per_micro_batch=options.tokens_per_step,
@@ -349,11 +426,12 @@ def _tune(
         seed=options.seed,
     )
     model = open_for_tuning(model_folder, Tuning(first_layer=options.first_layer, seed=options.seed))
+    teacher = load_llama(model_folder)
     steps = max(1, round(options.epochs * loader.steps_per_epoch))
     result = train(
         model,
         loader,
-        UpperLayers(options.first_layer),
+        UpperLayers(options.first_layer, range(len(kept), len(samples.lengths)), teacher, options.hold),
         TrainOptions(
             steps=steps,
             learning_rate=options.learning_rate,
@@ -368,6 +446,11 @@ def _tune(
         chat=Shown(loader, renderer.tokenizer.eos_ids),
         progress=progress,
     )
+    before = dict(teacher.named_parameters())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.lerp_(before[name].to(weight.dtype), 1 - options.strength)
     export_tuned(model, model_folder, out)
     return result
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
 from steelyard.model.llama import Llama
 from steelyard.model.packed import Documents
 from steelyard.train.batch import IGNORE, Batch
-from steelyard.train.losses import LossSum, chunked_cross_entropy
+from steelyard.train.losses import LossSum, chunked_cross_entropy, chunked_divergence
 
 
 class UpperLayers:
@@ -17,12 +19,19 @@ class UpperLayers:
     What they make of a sample is kept from the first time it is met: [length, C] in the dtype of computation, which is
     2 * C bytes a token in bfloat16. So a sample must always be whole and the same (`sample_ids`), as chat samples are.
     Up to rounding (other neighbours, other order of sums) the loss is CrossEntropy's; a resumed run computes anew.
+
+    Of `anchored` samples the loss is `weight` times the divergence from `teacher`'s distribution instead: the model as
+    it was, whose words these samples are. That holds it where it is far better than its own sampled words could.
     """
 
     name = "cross_entropy of upper layers"
 
-    def __init__(self, first: int) -> None:
-        self.first = first
+    def __init__(
+        self, first: int, anchored: Collection[int] = (), teacher: Llama | None = None, weight: float = 1.0
+    ) -> None:
+        self.first, self.anchored, self.teacher, self.weight = first, frozenset(anchored), teacher, weight
+        if self.anchored and teacher is None:
+            raise ValueError("anchored samples need the teacher whose they are")
         self._kept: dict[int, Tensor] = {}
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
@@ -36,7 +45,17 @@ class UpperLayers:
         x = torch.cat([self._kept[sample] for sample in batch.sample_ids])
         layers = range(self.first, model.config.num_hidden_layers)
         hidden = model.model.norm(model.through(layers, x, batch.positions, documents))
-        return LossSum(chunked_cross_entropy(hidden, model.head_weight, batch.targets), self.count(batch))
+        anchored = torch.tensor([sample in self.anchored for sample in batch.sample_ids], device=x.device)
+        anchored = anchored.repeat_interleave(torch.tensor(batch.lengths, device=x.device))
+        total = chunked_cross_entropy(hidden, model.head_weight, batch.targets.masked_fill(anchored, IGNORE))
+        held = (anchored & (batch.targets != IGNORE)).nonzero()[:, 0]
+        if len(held):
+            assert self.teacher is not None
+            with torch.no_grad():
+                through = self.teacher.through(layers, x, batch.positions, documents)[held]
+                taught = self.teacher.model.norm(through)
+            total = total + self.weight * chunked_divergence(hidden[held], taught, model.head_weight)
+        return LossSum(total, self.count(batch))
 
     def count(self, batch: Batch) -> int:
         return int((batch.targets != IGNORE).sum())
