@@ -14,14 +14,16 @@ from tiny_models import tiny_folder
 from steelyard.base.canonical import sha256_file
 from steelyard.base.errors import SteelyardError
 from steelyard.base.progress import Silent
-from steelyard.inference.endpoint import Completion, Message, Request
+from steelyard.inference.endpoint import Completion, Message, Request, Sampling
 from steelyard.model.chat import Renderer
 from steelyard.scorers.base import Calibration, Item, Score, ScorerIdentity
 from steelyard.train.conversations import Conversation
 from steelyard.train.safety_prompts import WrittenPrompt
 from steelyard.train.safety_tuning import SafetyTuning, _FirstTokens, align, opening
 
-OPTIONS = SafetyTuning(epochs=2, learning_rate=1e-3, first_layer=1, tokens_per_step=512, learned_tokens=6)
+OPTIONS = SafetyTuning(
+    epochs=2, learning_rate=1e-3, first_layer=1, tokens_per_step=512, learned_tokens=6, own_prompts=3, own_texts=2
+)
 PROMPTS = [
     WrittenPrompt(f"p{number}", f"{'Rob' if harm else 'Draw'} house {number}?", "theft", harm, number % 5 == 0)
     for number in range(20)
@@ -44,8 +46,13 @@ class Answers:
             raise KeyboardInterrupt
         return [self._answer(request) for request in requests]
 
+    def user_prompts(self, count: int, sampling: Sampling, seed: int = 0) -> list[str]:
+        return [f"Shall we paint {number} doors?" for number in range(count)]
+
     def _answer(self, request: Request) -> Completion:
         prompt = request.prompt
+        if isinstance(prompt, str):
+            return Completion(request.id, " sun is over the hills.", "length", None, None)
         guided = len(prompt) > 1 and "house 3?" not in prompt[-1].content  # type: ignore[union-attr]
         text = "I can't help. It is illegal. You can try." if guided else "First take a pen. Then draw lines"
         return Completion(request.id, text, "stop" if guided else "length", None, None)
@@ -92,7 +99,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stopped_run_goes_on_to_the_same_weights_and_asks_nothing_twice(model: Path, tmp_path: Path) -> None:
     whole = Answers()
     found = run(model, tmp_path / "whole", whole)
-    assert found.fates == {"harmful": {"kept": 7, "the plain answer scores as well": 1}, "harmless": {"kept": 8}}
+    assert found.fates == {"harmful": {"kept": 7, "the plain answer scores as well": 1}, "harmless": {"kept": 8 + 3}}
     assert found.held_out["before"] == {"harmful": 0.0, "harmful_n": 2, "harmless": 0.0, "harmless_n": 2}
     asked = 99 - whole.calls
     for calls in range(1, asked):
@@ -123,7 +130,7 @@ def test_only_the_upper_layer_learns(model: Path, tmp_path: Path) -> None:
 def test_what_is_learned_of_an_answer(model: Path) -> None:
     renderer = Renderer(model)
     chats = [Conversation((Message("user", "Hi"), Message("assistant", "abcdefgh"))) for _ in range(3)]
-    samples = _FirstTokens(chats, [None, 3, 50], renderer)
+    samples = _FirstTokens(chats, [None, 3, 50], ["A plain text."], renderer)
     taught = []
     for number in range(3):
         length = int(samples.lengths[number])
@@ -132,7 +139,10 @@ def test_what_is_learned_of_an_answer(model: Path) -> None:
         taught.append(renderer.tokenizer.decode(ids[mask].tolist(), skip_special=False))
     # A whole answer with its end; the first tokens; all tokens, but never the end of an answer that did not end.
     assert taught == ["abcdefgh<|im_end|>", "abc", "abcdefgh"]
-    assert (samples.supervision.ends, samples.supervision.taught) == (1, 9 + 3 + 8)
+    assert (samples.supervision.ends, samples.supervision.taught) == (
+        1,
+        9 + 3 + 8 + len(renderer.prompt_tokens("A plain text.")) - 1,
+    )
 
 
 @pytest.mark.parametrize(

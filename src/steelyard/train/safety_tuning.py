@@ -426,7 +426,7 @@ def _tune(
         seed=options.seed,
     )
     model = open_for_tuning(model_folder, Tuning(first_layer=options.first_layer, seed=options.seed))
-    teacher = load_llama(model_folder)
+    teacher = load_llama(model_folder, dtype=torch.bfloat16)  # as the tuned one computes
     steps = max(1, round(options.epochs * loader.steps_per_epoch))
     result = train(
         model,
