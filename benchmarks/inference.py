@@ -192,6 +192,11 @@ def ragged() -> tuple[list[list[int]], list[int]]:
     return [prompts(1, int(length), i)[0] for i, length in enumerate(lengths)], [int(n) for n in new]
 
 
+def note(rows: list[Row], row: Row) -> None:
+    print(f"{row.metric}: {row.ours:,.1f} beside {row.peer:,.1f} ({row.peer_name})", file=sys.stderr, flush=True)
+    rows.append(row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="the imported SmolLM2 folder")
@@ -214,10 +219,10 @@ def main() -> None:
     rows = []
     for batch, bar in ((1, 2.0), (64, 3.5)):
         mine, theirs = turns(lambda b=batch: ours.decode(b), lambda b=batch: hf.decode(b))
-        rows.append(Row(f"decode_b{batch}", mine, theirs, "transformers generate, bf16", bar))
+        note(rows, Row(f"decode_b{batch}", mine, theirs, "transformers generate, bf16", bar))
     decode, theirs = turns(lambda: ours.decode(128), lambda: cpp.decode(128))
-    rows.append(Row("decode_b128", decode, theirs, "llama.cpp, bf16", 1.6))
-    rows.append(Row("decode_bound", decode, bound, "bf16 product rate / operations a token", 0.55))
+    note(rows, Row("decode_b128", decode, theirs, "llama.cpp, bf16", 1.6))
+    note(rows, Row("decode_bound", decode, bound, "bf16 product rate / operations a token", 0.55))
 
     prefill, by_cpp, *by_hf = turns(
         ours.prefill, cpp.prefill, *(lambda b=batch: hf.prefill(b) for batch in (1, 8)), rounds=1
@@ -226,13 +231,13 @@ def main() -> None:
         f"transformers forward, {b} at a time": r for b, r in zip((1, 8), by_hf, strict=True)
     }
     best = max(peers, key=lambda name: peers[name])
-    rows.append(Row("prefill", prefill, peers[best], f"the best: {best}", 1.2))
+    note(rows, Row("prefill", prefill, peers[best], f"the best: {best}", 1.2))
 
     work, new = ragged()
     total = sum(map(len, work)) + sum(new)
     predicted = total / (sum(map(len, work)) / prefill + sum(new) / decode)
     measured = statistics.median(total / clock(lambda: ours.generate(work, new)) for _ in range(1))
-    rows.append(Row("ragged", measured, predicted, "from the prefill and decode rates above", 0.75))
+    note(rows, Row("ragged", measured, predicted, "from the prefill and decode rates above", 0.75))
 
     how = {"temperature": 1.0, "top_p": 0.9}
     many, some = prompts(200, PROMPT), prompts(16, PROMPT)
@@ -243,7 +248,7 @@ def main() -> None:
         seconds = clock(lambda parts=parts: [hf.generate(part, 20, 25, **how) for part in parts])
         candidates[batch] = sum(map(len, parts)) * 25 * 20 / seconds
     best_batch = max(candidates, key=lambda b: candidates[b])
-    rows.append(Row("samples25", mine, candidates[best_batch], f"transformers, {best_batch} prompts at a time", 4.0))
+    note(rows, Row("samples25", mine, candidates[best_batch], f"transformers, {best_batch} prompts at a time", 4.0))
     report("inference", rows)
 
 
