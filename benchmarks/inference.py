@@ -179,7 +179,7 @@ def product_rate() -> float:
     """bf16 operations/s of a matrix product: the best of several shapes."""
     best = 0.0
     for size in (1024, 2048, 4096):
-        a, b = (torch.randn(size, size).bfloat16() for _ in range(1))
+        a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
         best = max(best, *(2 * size**3 / clock(lambda a=a, b=b: a @ b) for _ in range(5)))
     return best
 
