@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steelyard.inference import kernels
-from steelyard.inference.kernels import Kernels
+from steelyard.inference.kernels import Kernels, side_by_side
 from steelyard.inference.quantize import Int8Linear
 from steelyard.model.llama import Block, Llama, LlamaConfig, RMSNorm, rope_frequencies, rotate
 
@@ -136,16 +136,17 @@ class Executor:
             return F.linear(x, layer.weight, layer.bias)
         outs = len(layer.weight)
         out = self.room(name, len(x), outs) if name else x.new_empty(len(x), outs)
-        return self.kernels.linear(x, layer.packed, layer.bias, out)
+        return self.kernels.linear(x, layer.packed, layer.packed_bias, out)
 
     def _mlp(self, y: Tensor, layer: _Layer) -> Tensor:
         """down(silu(gate(y)) * up(y)), [T, C]."""
-        both = self._linear(y, layer.gate_up, "gate_up")
-        if self.kernels is not None:
-            gated = self.kernels.gate(both, self.room("gate", len(y), both.shape[1] // 2))
-            return self._linear(gated, layer.down, "down")
-        gate, up = both.chunk(2, dim=-1)
-        return self._linear(F.silu(gate) * up, layer.down)
+        if isinstance(layer.gate_up, Linear) and layer.gate_up.packed is not None and self.kernels is not None:
+            out = self.room("gated", len(y), len(layer.gate_up.weight) // 2)
+            gated = self.kernels.gated(y, layer.gate_up.packed, layer.gate_up.packed_bias, out)
+        else:
+            gate, up = self._linear(y, layer.gate_up).chunk(2, dim=-1)
+            gated = F.silu(gate) * up
+        return self._linear(gated, layer.down, "down")
 
     def _normalise(self, x: Tensor, step: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """The normalised stream, and the stream itself with `step` added (which may happen in place)."""
@@ -247,9 +248,15 @@ class _DecodeAttention:
 class Linear:
     """A projection, maybe of several layers side by side, and its packed copy where kernels serve it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels | None, gates: bool = False) -> None:
         self.weight, self.bias = weight, bias
-        self.packed = None if kernels is None else kernels.pack(weight)
+        order = side_by_side if gates else _as_it_is
+        self.packed = None if kernels is None else kernels.pack(order(weight))
+        self.packed_bias = None if bias is None or kernels is None else order(bias)
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 class _Layer:
@@ -260,12 +267,15 @@ class _Layer:
         self.norm, self.mlp_norm = block.input_layernorm, block.post_attention_layernorm
         self.qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj], kernels)
         self.out = fuse([attention.o_proj], kernels)
-        self.gate_up = fuse([mlp.gate_proj, mlp.up_proj], kernels)
+        self.gate_up = fuse([mlp.gate_proj, mlp.up_proj], kernels, gates=True)
         self.down = fuse([mlp.down_proj], kernels)
 
 
-def fuse(layers: Sequence[nn.Linear | Int8Linear], kernels: Kernels | None) -> Linear | Int8Linear:
-    """One projection that computes `layers` side by side; their parameters become views of its own."""
+def fuse(
+    layers: Sequence[nn.Linear | Int8Linear], kernels: Kernels | None, gates: bool = False
+) -> Linear | Int8Linear:
+    """One projection that computes `layers` side by side; their parameters become views of its own. `gates`: of two
+    layers the first one gates the second one."""
     parts = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if not parts:
         return Int8Linear.cat([layer for layer in layers if isinstance(layer, Int8Linear)])
@@ -278,7 +288,7 @@ def fuse(layers: Sequence[nn.Linear | Int8Linear], kernels: Kernels | None) -> L
         if bias is not None:
             part.bias = nn.Parameter(bias[start:stop], requires_grad=False)
         start = stop
-    return Linear(weight, bias, kernels)
+    return Linear(weight, bias, kernels, gates)
 
 
 def _blank(like: Tensor, *shape: int) -> Tensor:

@@ -140,16 +140,20 @@ inline void dot(floats& sums, const bf16* x, const bf16* at, long) {
 #endif
 }
 
+// What a tile fetches on the way, because it comes next: `count` times LANES elements from each place, if there is one.
+template <class T>
+struct Ahead {
+    const T *one = nullptr, *two = nullptr;
+};
+
 // ROWS rows of x (row_step apart) times two vectors of lanes, over `count` elements (even), added to `sums`.
 template <class T, int ROWS>
-inline void tile(const T* x, long row_step, const T* left, const T* right, long width, long count, const T* ahead,
+inline void tile(const T* x, long row_step, const T* left, const T* right, long width, long count, Ahead<T> ahead,
                  floats (&sums)[ROWS][2]) {
     for (long i = 0; i < count; i += 2) {
         const long at = i * width;
-        if (ahead) {
-            __builtin_prefetch(ahead + at, 0, 2);
-            __builtin_prefetch(ahead + at + count * width, 0, 2);
-        }
+        if (ahead.one) __builtin_prefetch(ahead.one + i * LANES, 0, 2);
+        if (ahead.two) __builtin_prefetch(ahead.two + i * LANES, 0, 2);
         for (int r = 0; r < ROWS; ++r) {
             dot(sums[r][0], x + r * row_step + i, left + at, width);
             dot(sums[r][1], x + r * row_step + i, right + at, width);
@@ -184,8 +188,20 @@ void pack(const T* weight, T* packed, long outs, long size, int threads) {
     }
 }
 
+// Elements `from` ... of a bias of `outs`, filled up with zeros.
 template <class T>
+inline floats biased(const T* bias, long from, long outs) {
+    if (from + LANES <= outs) return read(bias + from);
+    floats found{};
+    for (long i = from; i < outs; ++i) found[i - from] = read1(bias + i);
+    return found;
+}
+
+// GATED: of two panels side by side the left one gates the right one, so that `outs` counts pairs of them:
+// out = silu(left) * right, rounded where the reference rounds. Else out = left, right.
+template <class T, bool GATED>
 void linear(const T* x, const T* packed, const T* bias, T* out, long rows, long size, long outs, int threads) {
+    const long panels = GATED ? outs / LANES * 2 : padded(outs) / LANES;
     constexpr long CHUNK = 20 * MOST_ROWS;  // rows at a time, so that inputs stay in the second-level cache
     const long panel_step = LANES * size;
 #pragma omp parallel num_threads(threads)
@@ -193,33 +209,43 @@ void linear(const T* x, const T* packed, const T* bias, T* out, long rows, long 
         const long here = rows - start < CHUNK ? rows - start : CHUNK;
         const long blocks = (here + MOST_ROWS - 1) / MOST_ROWS;  // of like sizes: a short one would waste registers
 #pragma omp for nowait
-        for (long panel = 0; panel < padded(outs) / LANES; panel += 2)
+        for (long panel = 0; panel < panels; panel += 2)
             for (long block = 0; block < blocks; ++block) {
                 const long first = start + here * block / blocks, count = start + here * (block + 1) / blocks - first;
                 const T* left = packed + panel * panel_step;
                 // the next panels, while these are worked on for the last time
-                const T* ahead = block + 1 == blocks ? left + 2 * panel_step : nullptr;
+                Ahead<T> ahead;
+                if (block + 1 == blocks) ahead = {left + 2 * panel_step, left + 3 * panel_step};
                 with_rows<MOST_ROWS>(count, [&](auto constant) {
                     constexpr int ROWS = decltype(constant)::value;
                     floats sums[ROWS][2] = {};
                     tile<T, ROWS>(x + first * size, size, left, left + panel_step, LANES, size, ahead, sums);
-                    for (int r = 0; r < ROWS; ++r)
+                    for (int r = 0; r < ROWS; ++r) {
+                        if (bias)
+                            for (int half = 0; half < 2; ++half)
+                                sums[r][half] += biased(bias, (panel + half) * LANES, GATED ? panels * LANES : outs);
+                        if (GATED) {
+                            const floats left = rounded<T>(sums[r][0]), right = rounded<T>(sums[r][1]);
+                            const floats turned = rounded<T>(left / (1.0f + exponential(-left)));
+                            write(out + (first + r) * outs + panel / 2 * LANES, turned * right);
+                            continue;
+                        }
                         for (int half = 0; half < 2; ++half) {
                             const long lane = (panel + half) * LANES;
                             T* target = out + (first + r) * outs + lane;
                             if (lane + LANES <= outs) {
-                                write(target, bias ? sums[r][half] + read(bias + lane) : sums[r][half]);
+                                write(target, sums[r][half]);
                             } else {
-                                for (long i = lane; i < outs; ++i)
-                                    write1(target + i - lane, sums[r][half][i - lane] + (bias ? read1(bias + i) : 0.0f));
+                                for (long i = lane; i < outs; ++i) write1(target + i - lane, sums[r][half][i - lane]);
                             }
                         }
+                    }
                 });
             }
     }
 }
 
-// ---- norms and gates
+// ---- norms
 
 // x += step; out = x / rms(x) * weight, rounded where the reference rounds. size is a multiple of LANES.
 template <class T>
@@ -242,18 +268,6 @@ void add_norm(T* x, const T* step, const T* weight, T* out, long rows, long size
     }
 }
 
-// out = silu(gate) * up, for rows [gate | up].
-template <class T>
-void gate(const T* x, T* out, long rows, long size, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * size >= PARALLEL_FROM)
-    for (long row = 0; row < rows; ++row)
-        for (long i = 0; i < size; i += LANES) {
-            floats value = read(x + row * 2 * size + i);
-            value = rounded<T>(value / (1.0f + exponential(-value)));
-            write(out + row * size + i, value * read(x + row * 2 * size + size + i));
-        }
-}
-
 // ---- attention
 
 struct Shape {
@@ -271,22 +285,31 @@ inline void rotate(T* x, const T* cosine, const T* sine, long size) {
     }
 }
 
+// The pages of one key head, and of what is worked on next.
+template <class T>
+struct Cached {
+    const T *keys, *values;
+    const int32_t* pages;
+    long used;  // pages
+};
+
 // ROWS query rows (tokens of one sequence, heads of one group; `visible` tokens each) against the pages of one key head.
 // Keys of a page: element d of token t at place(d, t, LANES); values: token t of element d at place(t, d, size).
 template <class T, int ROWS>
-void mix(const T* const* queries, T* const* outs, const long* visible, const T* keys, const T* values,
-         const int32_t* pages, long page_step, long size, std::vector<T>& gathered, std::vector<float>& scores,
-         std::vector<T>& weights) {
-    const long used = (visible[ROWS - 1] + LANES - 1) / LANES;  // the last row sees most
+void mix(const T* const* queries, T* const* outs, const long* visible, const Cached<T>& here, const Cached<T>& next,
+         long page_step, long size, std::vector<T>& gathered, std::vector<float>& scores, std::vector<T>& weights) {
+    const long used = here.used;
+    const auto key = [&](long p) { return here.keys + here.pages[p] * page_step; };
+    const auto value = [&](long p) { return here.values + here.pages[p] * page_step; };
     const long even = (used + 1) / 2 * 2, span = even * LANES;
     if (long(scores.size()) < ROWS * span) scores.resize(ROWS * span), weights.resize(ROWS * span);
     for (int r = 0; r < ROWS; ++r) std::memcpy(gathered.data() + r * size, queries[r], size * sizeof(T));
     const float scale = 1.0f / std::sqrt(float(size));
     for (long p = 0; p < used; p += 2) {
-        const T* left = keys + pages[p] * page_step;
-        const T* right = p + 1 < used ? keys + pages[p + 1] * page_step : left;
+        const bool both = p + 1 < used;
         floats sums[ROWS][2] = {};
-        tile<T, ROWS>(gathered.data(), size, left, right, LANES, size, nullptr, sums);
+        tile<T, ROWS>(gathered.data(), size, key(p), key(both ? p + 1 : p), LANES, size,
+                      {value(p), both ? value(p + 1) : nullptr}, sums);
         for (int r = 0; r < ROWS; ++r)
             for (int half = 0; half < 2; ++half) write(&scores[r * span + (p + half) * LANES], sums[r][half] * scale);
     }
@@ -314,9 +337,13 @@ void mix(const T* const* queries, T* const* outs, const long* visible, const T* 
     for (long d = 0; d < size; d += 2 * LANES) {
         floats sums[ROWS][2] = {};
         for (long p = 0; p < used; ++p) {
-            const T* left = values + pages[p] * page_step + place<T>(0, d, size);
-            const T* right = values + pages[p] * page_step + place<T>(0, d + LANES, size);
-            tile<T, ROWS>(&weights[p * LANES], span, left, right, size, LANES, nullptr, sums);
+            Ahead<T> ahead;
+            if (p < next.used) {
+                ahead.one = next.keys + next.pages[p] * page_step + d * LANES;
+                ahead.two = ahead.one + LANES * LANES;
+            }
+            tile<T, ROWS>(&weights[p * LANES], span, value(p) + place<T>(0, d, size),
+                          value(p) + place<T>(0, d + LANES, size), size, LANES, ahead, sums);
         }
         for (int r = 0; r < ROWS; ++r)
             for (int half = 0; half < 2; ++half) write(outs[r] + d + half * LANES, sums[r][half] / totals[r]);
@@ -343,6 +370,7 @@ void attend(T* qkv, const T* cosine, const T* sine, T* keys, T* values, const in
         for (long t = 0; t < firsts[s + 1] - firsts[s]; t += block_tokens)
             for (long h = 0; h < shape.kv_heads; ++h)
                 for (long split = 0; split < splits; ++split) tasks.push_back({s, h, t, split});
+    const long portion = std::clamp(long(tasks.size()) / (16 * threads), 1L, 12L);  // neighbours share a sequence
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, 4)
@@ -364,11 +392,19 @@ void attend(T* qkv, const T* cosine, const T* sine, T* keys, T* values, const in
             }
         std::vector<T> gathered(MOST_ROWS * size), weights;
         std::vector<float> scores;
-#pragma omp for schedule(dynamic, 1)
+        const auto tokens_of = [&](const Task& task) {
+            const long left = firsts[task.sequence + 1] - firsts[task.sequence] - task.token;
+            return left < block_tokens ? left : block_tokens;
+        };
+        const auto cached = [&](const Task& task) {
+            const long visible = starts[task.sequence] + task.token + tokens_of(task);
+            return Cached<T>{keys + task.head * head_step, values + task.head * head_step,
+                             tables + task.sequence * width, (visible + LANES - 1) / LANES};
+        };
+#pragma omp for schedule(dynamic, portion)
         for (long i = 0; i < long(tasks.size()); ++i) {
             const Task& task = tasks[i];
-            const long left = firsts[task.sequence + 1] - firsts[task.sequence] - task.token;
-            const long tokens = left < block_tokens ? left : block_tokens;
+            const long tokens = tokens_of(task);
             const long from = group * task.split / splits, to = group * (task.split + 1) / splits;
             const T* queries[MOST_ROWS];
             T* outs[MOST_ROWS];
@@ -381,9 +417,10 @@ void attend(T* qkv, const T* cosine, const T* sine, T* keys, T* values, const in
                     visible[rows] = starts[task.sequence] + task.token + t + 1;
                 }
             with_rows<MOST_ROWS>(rows, [&](auto constant) {
-                mix<T, decltype(constant)::value>(queries, outs, visible, keys + task.head * head_step,
-                                                  values + task.head * head_step, tables + task.sequence * width,
-                                                  page_step, size, gathered, scores, weights);
+                const Cached<T> here = cached(task);
+                const Cached<T> next = i + 1 < long(tasks.size()) ? cached(tasks[i + 1]) : Cached<T>{};
+                mix<T, decltype(constant)::value>(queries, outs, visible, here, next, page_step, size, gathered, scores,
+                                                  weights);
             });
         }
     }
@@ -572,15 +609,16 @@ long padded_outs(long outs) { return padded(outs); }
                          int threads) {                                                                               \
         add_norm((T*)x, (const T*)step, (const T*)weight, (T*)out, rows, size, eps, threads);                         \
     }                                                                                                                 \
-    void gate_##NAME(const void* x, void* out, long rows, long size, int threads) {                                   \
-        gate((const T*)x, (T*)out, rows, size, threads);                                                              \
-    }                                                                                                                 \
     void pack_##NAME(const void* weight, void* packed, long outs, long size, int threads) {                           \
         pack((const T*)weight, (T*)packed, outs, size, threads);                                                      \
     }                                                                                                                 \
     void linear_##NAME(const void* x, const void* packed, const void* bias, void* out, long rows, long size,          \
                        long outs, int threads) {                                                                      \
-        linear((const T*)x, (const T*)packed, (const T*)bias, (T*)out, rows, size, outs, threads);                    \
+        linear<T, false>((const T*)x, (const T*)packed, (const T*)bias, (T*)out, rows, size, outs, threads);          \
+    }                                                                                                                 \
+    void gated_##NAME(const void* x, const void* packed, const void* bias, void* out, long rows, long size,           \
+                      long outs, int threads) {                                                                       \
+        linear<T, true>((const T*)x, (const T*)packed, (const T*)bias, (T*)out, rows, size, outs, threads);           \
     }                                                                                                                 \
     void attend_##NAME(void* qkv, const void* cosine, const void* sine, void* keys, void* values,                     \
                        const int64_t* firsts, const int64_t* starts, const int32_t* tables, void* out,                \

@@ -46,6 +46,12 @@ SETTINGS = np.dtype(
 )
 
 
+def side_by_side(both: Tensor) -> Tensor:
+    """Rows [G; U] of a gate and of what it gates, 16 of one and 16 of the other in turns, as `Kernels.gated` reads."""
+    halves = both.view(2, -1, LANES, *both.shape[1:])
+    return halves.transpose(0, 1).reshape(both.shape)
+
+
 def serves(dtype: torch.dtype, config: LlamaConfig) -> bool:
     """Whether the kernels cover this dtype and these sizes (whole vectors of 16)."""
     sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
@@ -134,9 +140,9 @@ class Kernels:
             return call
 
         self._add_norm = function("add_norm", *[pointer] * 4, number, number, ctypes.c_float, whole)
-        self._gate = function("gate", pointer, pointer, number, number, whole)
         self._pack = function("pack", pointer, pointer, number, number, whole)
         self._linear = function("linear", *[pointer] * 4, *[number] * 3, whole)
+        self._gated = function("gated", *[pointer] * 4, *[number] * 3, whole)
         self._attend = function("attend", *[pointer] * 9, *[number] * 5, whole)
         self._choose = function("choose", *[pointer] * 3, number, number, whole)
         library.padded_outs.argtypes, library.padded_outs.restype = [number], number
@@ -147,11 +153,6 @@ class Kernels:
         other = None if step is None else step.data_ptr()
         pointers = (x.data_ptr(), other, weight.data_ptr(), out.data_ptr())
         self._add_norm(*pointers, *x.shape, eps, torch.get_num_threads())
-        return out
-
-    def gate(self, x: Tensor, out: Tensor) -> Tensor:
-        """silu(first half) * second half of the last dimension: [T, 2 I] into `out` [T, I]."""
-        self._gate(x.data_ptr(), out.data_ptr(), *out.shape, torch.get_num_threads())
         return out
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -165,6 +166,12 @@ class Kernels:
         """x [T, I] times a packed weight [O, I] transposed, plus bias [O], into `out` [T, O]."""
         pointers = (x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
         self._linear(*pointers, *x.shape, out.shape[1], torch.get_num_threads())
+        return out
+
+    def gated(self, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        """silu(x Gᵀ) * (x Uᵀ) of x [T, I] into `out` [T, O]; `packed`, `bias` of G and U [O, I] as `side_by_side`."""
+        pointers = (x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
+        self._gated(*pointers, *x.shape, out.shape[1], torch.get_num_threads())
         return out
 
     def attend(
