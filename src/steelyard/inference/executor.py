@@ -271,9 +271,7 @@ class _Layer:
         self.down = fuse([mlp.down_proj], kernels)
 
 
-def fuse(
-    layers: Sequence[nn.Linear | Int8Linear], kernels: Kernels | None, gates: bool = False
-) -> Linear | Int8Linear:
+def fuse(layers: Sequence[nn.Linear | Int8Linear], kernels: Kernels | None, gates: bool = False) -> Linear | Int8Linear:
     """One projection that computes `layers` side by side; their parameters become views of its own. `gates`: of two
     layers the first one gates the second one."""
     parts = [layer for layer in layers if isinstance(layer, nn.Linear)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steelyard.model.llama import Llama
+from steelyard.model.shared import SharedStarts
 from steelyard.train.batch import IGNORE, Batch
 
 BC = TypeVar("BC", contravariant=True)
@@ -50,14 +51,24 @@ class CrossEntropy:
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         assert isinstance(model, Llama)
-        hidden = model.packed(batch.tokens, batch.positions, batch.lengths)
-        return LossSum(chunked_cross_entropy(hidden, model.head_weight, batch.targets), self.count(batch))
+        documents = shared_starts(model, batch)
+        rows = documents.rows
+        hidden = model.packed(batch.tokens[rows], batch.positions[rows], documents)
+        return LossSum(chunked_cross_entropy(hidden, model.head_weight, batch.targets[rows]), self.count(batch))
 
     def count(self, batch: Batch) -> int:
         return int((batch.targets != IGNORE).sum())
 
     def tokens(self, batch: Batch) -> int:
         return len(batch.tokens)
+
+
+def shared_starts(model: Llama, batch: Batch) -> SharedStarts:
+    """The batch's documents, what several of them begin with laid down once."""
+    wanted = batch.targets != IGNORE
+    if model.config.rope.type == "dynamic":  # positions turn by a document's own length: nothing is the same
+        wanted = torch.ones_like(wanted)
+    return SharedStarts(batch.tokens, batch.lengths, wanted)
 
 
 def chunked_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:

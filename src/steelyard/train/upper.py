@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from steelyard.model.llama import Llama
-from steelyard.model.packed import Documents
 from steelyard.train.batch import IGNORE, Batch
-from steelyard.train.losses import LossSum, chunked_cross_entropy, chunked_divergence
+from steelyard.train.losses import LossSum, chunked_cross_entropy, chunked_divergence, shared_starts
 
 
 class UpperLayers:
@@ -36,23 +35,26 @@ class UpperLayers:
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         assert isinstance(model, Llama)
-        documents = Documents(batch.lengths, batch.tokens.device)
+        documents = shared_starts(model, batch)
+        rows = documents.rows
+        positions, targets = batch.positions[rows], batch.targets[rows]
         if any(sample not in self._kept for sample in batch.sample_ids):
             with torch.no_grad():
-                x = model.through(range(self.first), model.model.embed_tokens(batch.tokens), batch.positions, documents)
+                x = model.model.embed_tokens(batch.tokens[rows])
+                x = model.through(range(self.first), x, positions, documents)[documents.whole]
             for sample, part in zip(batch.sample_ids, torch.split(x, list(batch.lengths)), strict=True):
                 self._kept[sample] = part.clone()
-        x = torch.cat([self._kept[sample] for sample in batch.sample_ids])
+        x = torch.cat([self._kept[sample] for sample in batch.sample_ids])[rows]
         layers = range(self.first, model.config.num_hidden_layers)
-        hidden = model.model.norm(model.through(layers, x, batch.positions, documents))
+        hidden = model.model.norm(model.through(layers, x, positions, documents))
         anchored = torch.tensor([sample in self.anchored for sample in batch.sample_ids], device=x.device)
-        anchored = anchored.repeat_interleave(torch.tensor(batch.lengths, device=x.device))
-        total = chunked_cross_entropy(hidden, model.head_weight, batch.targets.masked_fill(anchored, IGNORE))
-        held = (anchored & (batch.targets != IGNORE)).nonzero()[:, 0]
+        anchored = anchored.repeat_interleave(torch.tensor(documents.lengths, device=x.device))
+        total = chunked_cross_entropy(hidden, model.head_weight, targets.masked_fill(anchored, IGNORE))
+        held = (anchored & (targets != IGNORE)).nonzero()[:, 0]
         if len(held):
             assert self.teacher is not None
             with torch.no_grad():
-                through = self.teacher.through(layers, x, batch.positions, documents)[held]
+                through = self.teacher.through(layers, x, positions, documents)[held]
                 taught = self.teacher.model.norm(through)
             total = total + self.weight * chunked_divergence(hidden[held], taught, model.head_weight)
         return LossSum(total, self.count(batch))
