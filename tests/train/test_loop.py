@@ -432,8 +432,13 @@ def test_operations_of_a_step_are_those_of_its_products() -> None:
     every = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.model.embed_tokens.weight.numel()
     attention = 12 * config.num_hidden_layers * 32 * (6 * 6 + 4 * 4) / 2
     assert speed.step_operations(model, tokens, (6, 4)) == 6 * every * tokens + attention
+    head = model.head_weight.numel()
+    assert speed.step_operations(model, tokens, (6, 4), heads=3) == 6 * (every * tokens - head * 7) + attention
     model.requires_grad_(False)
     assert speed.step_operations(model, tokens, (6, 4)) == 4 * every * tokens + attention
+    depth = config.num_hidden_layers  # layers that nothing behind them needs a gradient of only go forward
+    frozen = speed.step_operations(model, tokens, (6, 4), heads=0, first=depth)
+    assert frozen == 2 * (every - head) * tokens + attention / 3
 
 
 def test_epochs_are_counted_in_steps() -> None:

@@ -26,7 +26,7 @@ class AlignConfig(StageConfig):
     harmless_forms: int = Field(default=2, ge=1, le=3)
     learned_tokens: int = Field(default=10, ge=4, le=256, description="of a harmless answer")
     hold: float = Field(default=4.0, ge=0, description="weight of a token where the model shall stay as it is")
-    strength: float = Field(default=0.7, gt=0, le=1, description="share of the weights' change that is kept")
+    strength: float = Field(default=0.9, gt=0, le=1, description="share of the weights' change that is kept")
     own_prompts: int = Field(
         default=512, ge=0, description="prompts that the model draws itself, to stay as it is there"
     )

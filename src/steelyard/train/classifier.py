@@ -25,6 +25,7 @@ from steelyard.model.headers import scan_safetensors
 from steelyard.model.llama import Llama
 from steelyard.train.losses import LossSum
 from steelyard.train.packing import permuted
+from steelyard.train.speed import step_operations
 
 HEAD_FILE = "classifier.safetensors"
 
@@ -82,7 +83,8 @@ class BinaryCrossEntropy:
         known = ~labels.isnan()
         total = F.binary_cross_entropy_with_logits(logits[known], labels[known], reduction="sum")
         right = ((logits.detach() > 0) == (labels > 0.5))[known].float().sum()
-        return LossSum(total, self.count(batch), {"accuracy": right})
+        operations = step_operations(model, len(batch.tokens), batch.lengths, 0)
+        return LossSum(total, self.count(batch), operations, {"accuracy": right})
 
     def count(self, batch: LabelledBatch) -> int:
         return int((~batch.labels.isnan()).sum())

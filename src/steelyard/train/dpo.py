@@ -36,6 +36,7 @@ from steelyard.train.loop import TrainOptions, TrainResult, train
 from steelyard.train.losses import LossSum
 from steelyard.train.pairs import Pair, PairBatch, PairLoader, assemble_pairs, pairs_digest, render_pairs
 from steelyard.train.sft import check_outputs
+from steelyard.train.speed import step_operations
 from steelyard.train.tuning import FULL, Tuning, export_tuned, first_rank, open_for_tuning
 
 
@@ -75,7 +76,7 @@ class DPO:
         options = self.options
         answers = answer_log_probs(model, batch)  # [n, 2]
         if not batch.sample_ids:  # a blank one: every rank must have run the model as often
-            return LossSum(answers.sum() * 0.0, 0)
+            return LossSum(answers.sum() * 0.0, 0, 0.0)
         lengths = torch.bincount(batch.owners, minlength=2 * len(batch.shapes)).view(-1, 2).to(answers.device)
         reference = self.reference[list(batch.sample_ids)].to(answers.device)
         ratios = answers - reference  # r(chosen), r(rejected)
@@ -96,7 +97,9 @@ class DPO:
                 "rejected_reward": rewards[:, 1].sum(),
                 "chosen_nll": likelihood.sum(),
             }
-        return LossSum(losses.sum(), len(batch.shapes), metrics)
+        laid = [length for p, a, b in batch.shapes for length in (p + a, b)]
+        operations = step_operations(model, len(batch.tokens), laid, len(batch.rows))
+        return LossSum(losses.sum(), len(batch.shapes), operations, metrics)
 
     def count(self, batch: PairBatch) -> int:
         """Pairs."""

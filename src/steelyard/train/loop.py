@@ -231,6 +231,7 @@ class _Run(Generic[B]):
         world, vocabulary = self.group.world, self.compute.config.vocab_size
         losses = torch.zeros(len(batches), dtype=torch.float64, device=self.group.device)
         sums: dict[str, Tensor] = {}
+        operations = 0.0
         mine = list(self._mine(batches))
         for turn, (position, batch, counts) in enumerate(mine):
             check_tokens(batch, vocabulary, f"step {index + 1}, {_samples(batch)}")
@@ -240,13 +241,14 @@ class _Run(Generic[B]):
             (found.total * (world / count if counts else 0.0)).backward()  # type: ignore[no-untyped-call]
             if counts:
                 losses[position] = found.total.detach()
+                operations += found.operations
                 for name, value in found.metrics.items():
                     sums[name] = sums.get(name, torch.zeros_like(losses[0])) + torch.as_tensor(value).detach()
         names = sorted(sums)
-        stop = torch.tensor(float(bool(self.stop.name)), dtype=torch.float64, device=self.group.device)
-        gathered = self.group.total(torch.stack([*losses.unbind(), *(sums[name] for name in names), stop])).tolist()
-        values = dict(zip(names, gathered[len(batches) : -1], strict=True))
-        return gathered[: len(batches)], values, gathered[-1] > 0
+        ends = losses.new_tensor([float(bool(self.stop.name)), operations])
+        gathered = self.group.total(torch.stack([*losses.unbind(), *(sums[name] for name in names), *ends])).tolist()
+        *values, stopped, self.operations = gathered[len(batches) :]
+        return gathered[: len(batches)], dict(zip(names, values, strict=True)), stopped > 0
 
     def _update(self, index: int) -> tuple[dict[str, float], int, bool]:
         """Global step `index`: its record, tokens processed, whether to stop after it."""
@@ -264,11 +266,6 @@ class _Run(Generic[B]):
         self.optimizer.step(rate)
         self.weights.refresh()
         tokens = sum(self.objective.tokens(batch) for batch in batches)
-        self.operations = sum(
-            step_operations(self.compute, size, lengths_of(batch, size))
-            for batch in batches
-            for size in [self.objective.tokens(batch)]
-        )
         means = {name: value / count for name, value in sums.items()}
         return {"loss": sum(losses) / count, **means, "grad_norm": norm, "learning_rate": rate}, tokens, stop
 

@@ -14,16 +14,21 @@ from torch import Tensor, nn
 from steelyard.model.llama import Llama
 from steelyard.model.shared import SharedStarts
 from steelyard.train.batch import IGNORE, Batch
+from steelyard.train.speed import step_operations
 
 BC = TypeVar("BC", contravariant=True)
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """A micro-batch's loss as a sum, float32 scalar with gradient; `metrics` are sums over the same `count` too."""
+    """A micro-batch's loss as a sum, float32 scalar with gradient; `metrics` are sums over the same `count` too.
+
+    `operations`: of its products, forward and backward.
+    """
 
     total: Tensor
     count: int
+    operations: float
     metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
@@ -54,7 +59,8 @@ class CrossEntropy:
         documents = shared_starts(model, batch)
         rows = documents.rows
         hidden = model.packed(batch.tokens[rows], batch.positions[rows], documents)
-        return LossSum(chunked_cross_entropy(hidden, model.head_weight, batch.targets[rows]), self.count(batch))
+        total, count = chunked_cross_entropy(hidden, model.head_weight, batch.targets[rows]), self.count(batch)
+        return LossSum(total, count, step_operations(model, len(rows), batch.lengths, count))
 
     def count(self, batch: Batch) -> int:
         return int((batch.targets != IGNORE).sum())

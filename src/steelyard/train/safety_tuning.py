@@ -75,7 +75,7 @@ class SafetyTuning:
     own_texts: int = 96
     text_tokens: int = 128
     hold: float = 4.0
-    strength: float = 0.7
+    strength: float = 0.9
     epochs: float = 1.0
     learning_rate: float = 3e-4
     first_layer: int = 22

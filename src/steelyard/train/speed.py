@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from steelyard.base.errors import UsageError
+from steelyard.inference.kernels import compiler
 from steelyard.model.llama import Block, Llama
 
 
@@ -46,26 +45,24 @@ def reuse_memory() -> None:
         library.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
-def matrix_weights(model: Llama) -> tuple[int, int]:
-    """Weights that each token is multiplied with, the head among them: all, and those that learn."""
-    found = {module.weight for module in model.modules() if isinstance(module, nn.Linear)} | {model.head_weight}
-    return sum(w.numel() for w in found), sum(w.numel() for w in found if w.requires_grad)
-
-
-def step_operations(model: Llama, tokens: int, lengths: Sequence[int]) -> float:
-    """Operations of forward and backward over `tokens` in documents of `lengths`: 2 a weight and token forward, 2 for
-    the gradient of the input, 2 for that of a weight that learns; causal attention counted as the half it is.
+def step_operations(
+    model: Llama, tokens: int, lengths: Sequence[int], heads: int | None = None, first: int = 0
+) -> float:
+    """Operations of forward and backward over `tokens` in documents of `lengths`, `heads` of which go through the head
+    (None: all): 2 a weight and token forward, 2 for the gradient of the input, 2 for that of a weight that learns;
+    causal attention counted as the half it is. Layers below `first` only go forward.
     """
-    every, learning = matrix_weights(model)
     config = model.config
     pairs = sum(length * length for length in lengths) / 2
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
-    return tokens * (4 * every + 2 * learning) + attention
-
-
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on the CPU, or None."""
-    return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+    width = config.num_attention_heads * config.head_dim
+    total = 0.0
+    for number, layer in enumerate(model.model.layers):
+        weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+        passes = 1 if number < first else 2
+        total += tokens * sum(w.numel() * (2 * passes + 2 * w.requires_grad) for w in weights)
+        total += (4 if passes == 1 else 12) * width * pairs
+    head = model.head_weight
+    return total + (tokens if heads is None else heads) * head.numel() * (4 + 2 * head.requires_grad)
 
 
 def compile_blocks(model: Llama, mode: Literal["auto", "on", "off"], operations: float) -> str:

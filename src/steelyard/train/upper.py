@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from steelyard.model.llama import Llama
 from steelyard.train.batch import IGNORE, Batch
 from steelyard.train.losses import LossSum, chunked_cross_entropy, chunked_divergence, shared_starts
+from steelyard.train.speed import step_operations
 
 
 class UpperLayers:
@@ -57,7 +58,13 @@ class UpperLayers:
                 through = self.teacher.through(layers, x, positions, documents)[held]
                 taught = self.teacher.model.norm(through)
             total = total + self.weight * chunked_divergence(hidden[held], taught, model.head_weight)
-        return LossSum(total, self.count(batch))
+        count, above = self.count(batch), model.config.num_hidden_layers - self.first
+        operations = step_operations(model, len(rows), batch.lengths, count, self.first)
+        if self.teacher is not None and len(held):  # the teacher goes forward: half of what a frozen model's step is
+            share = above / model.config.num_hidden_layers
+            operations += share * step_operations(self.teacher, len(rows), batch.lengths, 0) / 2
+            operations += 2 * len(held) * model.head_weight.numel()
+        return LossSum(total, count, operations)
 
     def count(self, batch: Batch) -> int:
         return int((batch.targets != IGNORE).sum())
