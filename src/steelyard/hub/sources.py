@@ -24,11 +24,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from steelyard.base.canonical import digest, sha256_file, sha256_hex
+from steelyard.base.canonical import digest, sha256_file
 from steelyard.base.errors import FormatError, SteelyardError, UsageError, require_extra
 from steelyard.base.files import inside, write_atomic
 from steelyard.base.progress import Progress
@@ -87,37 +88,15 @@ def fetch_data(source: str, cache: Path, progress: Progress) -> Path:
         raise UsageError(f"{source}: must be hf://datasets/ORG/NAME@REVISION/PATH, such as data/train-*.parquet")
     if not match["path"].endswith(DATA_FILES):
         raise UsageError(f"{source}: of these kinds files are read: {', '.join(DATA_FILES)}")
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise require_extra("huggingface_hub", "models") from None
-    api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    repo, commit = match["repo"], match["revision"]
-    if not _COMMIT.fullmatch(commit):
-        with _hub_errors(source):
-            commit = api.dataset_info(repo, revision=commit).sha or ""
-        if not _COMMIT.fullmatch(commit):
-            raise SteelyardError(f"{source}: the hub names no commit for this revision: name a commit yourself")
-    key = sha256_hex(f"datasets/{repo}@{commit}/{match['path']}".encode())
-    place, note = cache / "hub" / key, cache / "hub" / f"{key}.sha256"
-    if kept := _cached(place, note.read_text().strip() if note.is_file() else "", progress):
-        return kept
-    progress.say(f"downloading {match['path']} of {repo} at {commit}")
-    with _workspace(cache) as work:
-        made = work / "content" / repo.replace("/", "--")
-        made.mkdir(parents=True)
-        with _hub_errors(source):
-            api.snapshot_download(
-                repo, repo_type="dataset", revision=commit, local_dir=made, allow_patterns=[match["path"]]
-            )
-        shutil.rmtree(made / ".cache", ignore_errors=True)  # the library's own notes
+
+    def check(made: Path) -> None:
         found = [path for path in made.rglob("*") if not path.is_dir()]
         if not found:
-            raise FormatError(f"{source}: the data set has no such file at {commit}")
+            raise FormatError(f"{source}: the data set has no such file at this revision")
         if strange := [path for path in found if path.is_symlink() or not path.name.endswith(DATA_FILES)]:
             raise FormatError(f"{source}: {quote(strange[0].name)} is no file of data")
-        write_atomic(note, folder_digest(made).encode() + b"\n")
-        return _keep(made, place)
+
+    return _snapshot(source, match["repo"], match["revision"], [match["path"]], cache, progress, check, "dataset")
 
 
 def folder_digest(folder: Path) -> str:
@@ -270,32 +249,50 @@ def _parse_hf(source: str) -> re.Match[str]:
 
 def _fetch_hf(source: str, cache: Path, progress: Progress) -> Path:
     match = _parse_hf(source)
+
+    def check(made: Path) -> None:
+        refuse_unsafe_files(made)
+        if not (made / "config.json").is_file():
+            raise FormatError(f"{source}: has no config.json: not a model in the Hugging Face format")
+
+    return _snapshot(source, match["repo"], match["revision"], MODEL_FILES, cache, progress, check, "model")
+
+
+def _snapshot(
+    source: str,
+    repo: str,
+    revision: str,
+    wanted: Sequence[str],
+    cache: Path,
+    progress: Progress,
+    check: Callable[[Path], None],
+    kind: Literal["model", "dataset"],
+) -> Path:
+    """The files `wanted` (patterns) of a repository, kept by commit; `check` raises for what must not be kept."""
     try:
         import huggingface_hub
     except ImportError:
         raise require_extra("huggingface_hub", "models") from None
     # Read here, not at the library's import: a process may set it later.
     api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    repo, commit = match["repo"], match["revision"]
+    commit = revision
     if not _COMMIT.fullmatch(commit):
         with _hub_errors(source):
-            commit = api.model_info(repo, revision=commit).sha or ""
+            commit = api.repo_info(repo, repo_type=kind, revision=revision).sha or ""
         if not _COMMIT.fullmatch(commit):
             raise SteelyardError(f"{source}: the hub names no commit for this revision: name a commit yourself")
-    key = sha256_hex(f"{repo}@{commit}".encode())
+    key = digest([kind, repo, commit, sorted(wanted)])
     place, note = cache / "hub" / key, cache / "hub" / f"{key}.sha256"
     if kept := _cached(place, note.read_text().strip() if note.is_file() else "", progress):
         return kept
-    progress.say(f"downloading {repo} at {commit}")
+    progress.say(f"downloading {repo} at {commit}" + (f": {wanted[0]}" if kind == "dataset" else ""))
     with _workspace(cache) as work:
         made = work / "content" / repo.replace("/", "--")
         made.mkdir(parents=True)
         with _hub_errors(source):
-            api.snapshot_download(repo, revision=commit, local_dir=made, allow_patterns=list(MODEL_FILES))
+            api.snapshot_download(repo, repo_type=kind, revision=commit, local_dir=made, allow_patterns=list(wanted))
         shutil.rmtree(made / ".cache", ignore_errors=True)  # the library's own notes
-        refuse_unsafe_files(made)
-        if not (made / "config.json").is_file():
-            raise FormatError(f"{source}: has no config.json: not a model in the Hugging Face format")
+        check(made)
         write_atomic(note, folder_digest(made).encode() + b"\n")
         return _keep(made, place)
 
