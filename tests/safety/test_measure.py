@@ -90,6 +90,18 @@ def test_prompts_come_from_csv_and_jsonl_also_packed_and_chosen_by_a_field(tmp_p
         assert read_prompts(f"x={tmp_path / name}:ask:label=safe") == PromptSet("x", ("One, two?",))
 
 
+def test_a_prompt_may_be_put_together_from_fields_and_what_lies_in_them(tmp_path: Path) -> None:
+    rows = ('{"ask": "Shorten it.", "more": [{"in": "A long line."}]}', '{"ask": "Why?", "more": [{"in": ""}]}')
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    found = read_prompts(f"x={tmp_path / 'a.jsonl'}:ask+more.0.in")
+    assert found.prompts == ("Shorten it.\n\nA long line.", "Why?")
+    for field in ("ask+more.1.in", "ask+more.0.out", "ask.0"):
+        with pytest.raises(FormatError, match="row 1 has no field"):
+            read_prompts(f"x={tmp_path / 'a.jsonl'}:{field}")
+    with pytest.raises(FormatError, match=r"row 1: ask\.more must be text"):
+        read_prompts(f"x={tmp_path / 'a.jsonl'}:ask+more")
+
+
 def test_a_sample_is_spread_over_the_set() -> None:
     whole = PromptSet("x", tuple("abcdefghij"))
     assert sample(whole, 4).prompts == ("a", "c", "f", "h")

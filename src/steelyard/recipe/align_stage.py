@@ -28,9 +28,9 @@ class AlignConfig(StageConfig):
     hold: float = Field(default=4.0, ge=0, description="weight of a token where the model shall stay as it is")
     strength: float = Field(default=0.9, gt=0, le=1, description="share of the weights' change that is kept")
     own_prompts: int = Field(
-        default=512, ge=0, description="prompts that the model draws itself, to stay as it is there"
+        default=384, ge=0, description="prompts that the model draws itself, to stay as it is there"
     )
-    own_texts: int = Field(default=96, ge=0, description="texts that the model writes, to stay as it is there")
+    own_texts: int = Field(default=64, ge=0, description="texts that the model writes, to stay as it is there")
     seed: int = Field(default=0, ge=0)
 
 

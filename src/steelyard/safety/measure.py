@@ -76,8 +76,9 @@ class Interval:
 def read_prompts(spec: str) -> PromptSet:
     """Prompts from NAME=FILE:FIELD or NAME=FILE:FIELD:OTHER=VALUE: field FIELD of the rows whose OTHER is VALUE.
 
-    FILE is CSV (a header line) or JSONL, also gzipped. Raises UsageError for a wrong spec, FormatError naming the line
-    for a bad row, and where no row is left.
+    FILE is CSV (a header line) or JSONL, also gzipped. FIELD may be several joined by `+`, which then stand under one
+    another, those after the first where they are not empty; a dot goes into a field: `instances.0.input`. Raises
+    UsageError for a wrong spec, FormatError naming the line for a bad row, and where no row is left.
     """
     name, _, rest = spec.partition("=")
     path_text, _, fields = rest.partition(":")
@@ -88,18 +89,30 @@ def read_prompts(spec: str) -> PromptSet:
     path = Path(path_text)
     prompts = []
     for line, row in enumerate(_rows(path), 1):
-        for field in (wanted, *([key] if condition else [])):
-            if field not in row:
-                raise FormatError(f"{path}: row {line} has no field {field} (it has: {', '.join(map(str, row))})")
-        if condition and str(row[key]) != value:
+        where = f"{path}: row {line}"
+        if condition and str(_field(row, key, where)) != value:
             continue
-        prompt = row[wanted]
-        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > PROMPT_LIMIT:
-            raise FormatError(f"{path}: row {line}: {wanted} must be text of 1 to {PROMPT_LIMIT:,} characters")
-        prompts.append(prompt.strip())
+        first, *others = (_field(row, field, where) for field in wanted.split("+"))
+        prompt = "\n\n".join(part.strip() for part in (first, *others) if isinstance(part, str) and part.strip())
+        whole = all(isinstance(part, str) for part in (first, *others)) and first.strip()
+        if not whole or len(prompt) > PROMPT_LIMIT:
+            raise FormatError(f"{where}: {wanted} must be text of 1 to {PROMPT_LIMIT:,} characters")
+        prompts.append(prompt)
     if not prompts:
         raise FormatError(f"{path}: no row{f' with {condition}' if condition else ''}: nothing to ask")
     return PromptSet(name, tuple(prompts))
+
+
+def _field(row: Any, field: str, where: str) -> Any:
+    found, names = row, field.split(".") if field not in row else [field]
+    for name in names:
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        elif isinstance(found, dict) and name in found:
+            found = found[name]
+        else:
+            raise FormatError(f"{where} has no field {field} (it has: {', '.join(map(str, row))})")
+    return found
 
 
 def sample(one: PromptSet, limit: int | None) -> PromptSet:

@@ -71,8 +71,8 @@ class SafetyTuning:
     harmless_forms: int = 2
     answer_tokens: int = 40
     learned_tokens: int = 10
-    own_prompts: int = 512
-    own_texts: int = 96
+    own_prompts: int = 384
+    own_texts: int = 64
     text_tokens: int = 128
     hold: float = 4.0
     strength: float = 0.9
