@@ -23,7 +23,7 @@
 namespace {
 
 constexpr int LANES = 16;             // one AVX-512 register of floats; also the tokens of a page
-constexpr int MOST_ROWS = 12;         // of a tile: 24 of 32 registers accumulate
+constexpr int MOST_ROWS = 13;         // of a tile: 26 of 32 registers accumulate
 constexpr long PARALLEL_FROM = 8192;  // elements under which waking a second thread costs more than it saves
 
 struct bf16 {
