@@ -440,6 +440,7 @@ def _tune(
             eps=1e-8,
             checkpoint_every=0,
             keep_last=1,
+            compile="off",  # a few minutes on lengths that vary: it costs more than it saves
             seed=options.seed,
         ),
         work,
