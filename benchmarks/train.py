@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 from typing import IO
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, and before torch is imported
+from steelyard.base.threads import choose_waiting
+
+choose_waiting()  # as the command line does, and before torch is imported
 
 CASES = {"pretrain_6m": "train_pretrain", "sft": "train_sft", "dpo": "train_dpo"}
 ROUNDS = 5

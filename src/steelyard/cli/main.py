@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from types import FrameType
@@ -12,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from steelyard.base.errors import SteelyardError
+from steelyard.base.threads import choose_waiting
 from steelyard.cli import chat, doctor, key, ledger, measure, model, release, run, safety, scorer, train
 from steelyard.cli.output import one_line
 
@@ -61,9 +61,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """The console script: errors become one line on standard error and an exit code."""
-    # Threads that spin while they wait for one another lose six-fold as soon as the machine does anything else
-    # (docs/log.md). Read when torch's OpenMP starts, so it must stand before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    choose_waiting()
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
