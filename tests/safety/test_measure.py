@@ -98,7 +98,7 @@ def test_a_prompt_may_be_put_together_from_fields_and_what_lies_in_them(tmp_path
     for field in ("ask+more.1.in", "ask+more.0.out", "ask.0"):
         with pytest.raises(FormatError, match="row 1 has no field"):
             read_prompts(f"x={tmp_path / 'a.jsonl'}:{field}")
-    with pytest.raises(FormatError, match=r"row 1: ask\.more must be text"):
+    with pytest.raises(FormatError, match=r"row 1: ask\+more must be text"):
         read_prompts(f"x={tmp_path / 'a.jsonl'}:ask+more")
 
 

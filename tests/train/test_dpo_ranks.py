@@ -48,7 +48,8 @@ def run(folder: Path, out: Path, rank: int, world: int) -> dict[str, torch.Tenso
         for n in range(world)
     ]
     errors = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * world, "\n".join(errors)[-3000:]
+    codes = [process.returncode for process in started]
+    assert codes == [0] * world, "\n".join(f"rank {n}: {text[-1500:]}" for n, text in enumerate(errors))
     return load_tensors(out)
 
 

@@ -80,5 +80,6 @@ def ranks() -> Iterator[Ranks]:
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # who leaves closes connections on which another may still wait for its last part
     finally:
         dist.destroy_process_group()
