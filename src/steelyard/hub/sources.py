@@ -261,24 +261,26 @@ def _fetch_hf(source: str, cache: Path, progress: Progress) -> Path:
 def _snapshot(
     source: str,
     repo: str,
-    revision: str,
+    commit: str,
     wanted: Sequence[str],
     cache: Path,
     progress: Progress,
     check: Callable[[Path], None],
     kind: Literal["model", "dataset"],
 ) -> Path:
-    """The files `wanted` (patterns) of a repository, kept by commit; `check` raises for what must not be kept."""
+    """The files `wanted` (patterns) of a repository at `commit`, or another revision, whose commit is then asked for.
+
+    Kept by commit; `check` raises for what must not be kept.
+    """
     try:
         import huggingface_hub
     except ImportError:
         raise require_extra("huggingface_hub", "models") from None
     # Read here, not at the library's import: a process may set it later.
     api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    commit = revision
     if not _COMMIT.fullmatch(commit):
         with _hub_errors(source):
-            commit = api.repo_info(repo, repo_type=kind, revision=revision).sha or ""
+            commit = api.repo_info(repo, repo_type=kind, revision=commit).sha or ""
         if not _COMMIT.fullmatch(commit):
             raise SteelyardError(f"{source}: the hub names no commit for this revision: name a commit yourself")
     key = digest([kind, repo, commit, sorted(wanted)])

@@ -36,23 +36,22 @@ class SharedStarts(Documents):
         for number, (first, length) in enumerate(zip(firsts, free, strict=False)):
             key = given[first : first + WORTH].tobytes() if length >= WORTH else str(number).encode()
             groups.setdefault(key, []).append(number)
-        self.starts = [0] * len(lengths)  # tokens of each document that an earlier one computes
-        rows, whole, done = [], np.arange(len(given)), 0
         leader: dict[int, tuple[int, int]] = {}  # of a document: the first of its group, and what they share
         for members in groups.values():
             shared = _common([given[firsts[i] : firsts[i] + free[i]] for i in members]) if len(members) > 1 else 0
             leader |= dict.fromkeys(members, (members[0], shared))
-        places: dict[int, int] = {}  # of leaders among the S
+        rows, whole, done = [], np.arange(len(given)), 0
+        places: list[int] = []  # of the documents among the S
         for number, length in enumerate(lengths):
             first, (head, shared) = int(firsts[number]), leader[number]
-            skipped = self.starts[number] = 0 if number == head else shared
-            places.setdefault(number, done)
+            skipped = 0 if number == head else shared  # an earlier one computes them
+            places.append(done)
             rows.append(np.arange(first + skipped, first + length))
             whole[first : first + skipped] = places[head] + np.arange(skipped)
             whole[first + skipped : first + length] = done + np.arange(length - skipped)
             done += length - skipped
         device = tokens.device
-        super().__init__([n - s for n, s in zip(lengths, self.starts, strict=True)], device)
+        super().__init__([len(part) for part in rows], device)
         self.full = Documents(lengths, device)
         self.rows, self.whole = (torch.from_numpy(x).to(device) for x in (np.concatenate(rows), whole))
 

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ from steelyard.train.safety_prompts import WrittenPrompt, preprompts, written_pr
 from steelyard.train.sft import Shown
 from steelyard.train.tuning import Tuning, export_tuned, open_for_tuning
 from steelyard.train.upper import UpperLayers
+
+J = TypeVar("J")  # what JSON can hold
 
 BLOCK = 128  # prompts answered and kept at a time
 MAX_LENGTH = 512  # tokens of a conversation
@@ -216,8 +218,8 @@ def _refusals(
     for lead, group in groups.items():
         for start in range(0, len(group), BLOCK):
             block = group[start : start + BLOCK]
-            path = folder / f"declined-{digest([prompt.id for prompt in block])[:12]}.json"
-            if not path.exists():
+
+            def draw(block: list[WrittenPrompt] = block, lead: tuple[Message, ...] = lead) -> list[dict[str, Any]]:
                 found = context_distil(
                     _Openings(endpoint),
                     [Prompt.of(prompt.id, prompt.text) for prompt in block],
@@ -228,8 +230,10 @@ def _refusals(
                     seed=options.seed,
                     progress=progress,
                 )
-                write_atomic(path, json.dumps([asdict(row) for row in found.rows]).encode())
-            rows += [DistilledRow(**row) for row in _stored(path)]
+                return [asdict(row) for row in found.rows]
+
+            path = folder / f"declined-{digest([prompt.id for prompt in block])[:12]}.json"
+            rows += [DistilledRow(**row) for row in _once(path, draw)]
     return rows
 
 
@@ -266,16 +270,15 @@ def _own_answers(
     with progress.task("answer harmless prompts", len(harmless), "answers") as task:
         for start in range(0, len(harmless), BLOCK):
             block = harmless[start : start + BLOCK]
-            path = folder / f"own-{digest([prompt.id for prompt in block])[:12]}.json"
-            if not path.exists():
+
+            def draw(block: list[WrittenPrompt] = block) -> list[dict[str, Any]]:
                 answers = endpoint.generate([_plain(prompt, options.learned_tokens) for prompt in block])
                 items = [Item(prompt.text, answer.text) for prompt, answer in zip(block, answers, strict=True)]
-                fresh = [
-                    _own(prompt, answer, score, threshold)
-                    for prompt, answer, score in zip(block, answers, _values(refusal, items), strict=True)
-                ]
-                write_atomic(path, json.dumps([asdict(row) for row in fresh]).encode())
-            rows += [OwnRow(**row) for row in _stored(path)]
+                scored = zip(block, answers, _values(refusal, items), strict=True)
+                return [asdict(_own(prompt, answer, score, threshold)) for prompt, answer, score in scored]
+
+            path = folder / f"own-{digest([prompt.id for prompt in block])[:12]}.json"
+            rows += [OwnRow(**row) for row in _once(path, draw)]
             task.advance(len(block))
     return rows
 
@@ -290,13 +293,14 @@ def _own_prompts(endpoint: Drawing, options: SafetyTuning, folder: Path, progres
     """Prompts that the model writes when a user's turn has just begun."""
     if not options.own_prompts:
         return []
-    path = folder / f"own-prompts-{options.own_prompts}.json"
-    if not path.exists():
+
+    def draw() -> list[str]:
         progress.say(f"drawing {options.own_prompts} prompts from the model itself")
         sampling = Sampling(temperature=1.0, top_p=0.95, max_tokens=64)
         drawn = endpoint.user_prompts(options.own_prompts, sampling, options.seed)
-        write_atomic(path, json.dumps(sorted({text.strip() for text in drawn if len(text.strip()) >= 8})).encode())
-    texts: list[str] = json.loads(path.read_text(encoding="utf-8"))
+        return sorted({text.strip() for text in drawn if len(text.strip()) >= 8})
+
+    texts = _once(folder / f"own-prompts-{options.own_prompts}.json", draw)
     return [WrittenPrompt(f"own.{sha256_hex(text.encode())[:10]}", text, "own", False, False) for text in texts]
 
 
@@ -324,15 +328,15 @@ def _own_texts(endpoint: Endpoint, options: SafetyTuning, folder: Path, progress
     """Texts that the model writes from a word or two."""
     if not options.own_texts:
         return []
-    path = folder / f"own-texts-{options.own_texts}-{options.text_tokens}.json"
-    if not path.exists():
+
+    def draw() -> list[str]:
         progress.say(f"drawing {options.own_texts} texts from the model itself")
         sampling = Sampling(temperature=1.0, max_tokens=options.text_tokens)
         starts = [_STARTS[i % len(_STARTS)] for i in range(options.own_texts)]
         drawn = endpoint.generate([Request(f"text.{i}", start, sampling, i) for i, start in enumerate(starts)])
-        write_atomic(path, json.dumps([s + one.text for s, one in zip(starts, drawn, strict=True)]).encode())
-    texts: list[str] = json.loads(path.read_text(encoding="utf-8"))
-    return texts
+        return [start + one.text for start, one in zip(starts, drawn, strict=True)]
+
+    return _once(folder / f"own-texts-{options.own_texts}-{options.text_tokens}.json", draw)
 
 
 def _plain(prompt: WrittenPrompt, tokens: int) -> Request:
@@ -468,7 +472,8 @@ def _held_out(
     progress: Progress,
 ) -> dict[str, float]:
     """Share of held-out prompts that are declined, harmful and harmless ones apart, by the refusal scorer."""
-    if not path.exists():
+
+    def measure() -> dict[str, float]:
         held = [prompt for prompt in prompts if prompt.held_out]
         progress.say(f"answering {len(held)} prompts held out from training")
         answers = endpoint.generate([_plain(prompt, 24) for prompt in held])
@@ -484,12 +489,16 @@ def _held_out(
             if known:
                 found[name] = sum(known) / len(known)
                 found[f"{name}_n"] = len(known)
-        write_atomic(path, json.dumps(found).encode())
-    return cast("dict[str, float]", json.loads(path.read_text(encoding="utf-8")))
+        return found
+
+    return _once(path, measure)
 
 
-def _stored(path: Path) -> list[dict[str, Any]]:
-    return cast("list[dict[str, Any]]", json.loads(path.read_text(encoding="utf-8")))
+def _once(path: Path, make: Callable[[], J]) -> J:
+    """What `make` gives, kept as JSON in `path`: a run that goes on reads it there."""
+    if not path.exists():
+        write_atomic(path, json.dumps(make()).encode())
+    return cast("J", json.loads(path.read_text(encoding="utf-8")))
 
 
 def _report(summary: dict[str, Any]) -> str:
