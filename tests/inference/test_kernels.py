@@ -165,7 +165,7 @@ def test_processors_without_the_bf16_instruction_compute_the_same(tmp_path: Path
         *kernels.FLAGS,
         "-O1",
         "-mno-avx512bf16",
-        str(kernels.SOURCE),
+        *map(str, kernels.SOURCES),
         "-o",
         str(library),
     ]

@@ -177,9 +177,7 @@ class Engine:
         if not len(prompts) == len(samplings) == len(seeds) == len(names):
             raise ValueError("prompts, samplings, seeds and names must be of one length")
         asked = [self._prepare(*request) for request in zip(prompts, samplings, seeds, names, strict=True)]
-        if not self.idle:
-            raise SteelyardError("the engine is serving other requests: a list of requests needs it alone")
-        self._schedule.clear()
+        self.begin_alone()
         # Longest first, so that the batch stays full to the end
         queue = deque(sorted(asked, key=lambda generation: -generation.sampling.max_tokens))
         try:
@@ -205,15 +203,11 @@ class Engine:
         model's. infinity for a token after a stop token. The engine must be idle. Errors as in `submit`; also for more
         tokens than `max_tokens`.
         """
-        if not tokens:
-            raise SteelyardError(f"request {name}: no tokens to check")
-        self._check_request(prompt, sampling, name)
+        check_sampling(sampling, name)
+        self.check_given(prompt, tokens, name)
         if len(tokens) > sampling.max_tokens:
             raise SteelyardError(f"request {name}: {len(tokens)} tokens where max_tokens is {sampling.max_tokens}")
-        self._check_vocabulary(tokens, name)
-        if not self.idle:
-            raise SteelyardError("the engine is serving other requests: a check needs it alone")
-        self._schedule.clear()
+        self.begin_alone()
         table = self.pages.take(pages_for(len(prompt), len(tokens)))
         try:
             found = self._margins(prompt, tokens, sampling, seed, table)
@@ -251,31 +245,51 @@ class Engine:
         stream = TextStream(self.decode, sampling.stop) if self.decode and (text or sampling.stop) else None
         return Generation(name, list(prompt), sampling, seed, stream)
 
+    def check_given(self, prompt: Sequence[int], tokens: Sequence[int], name: str) -> None:
+        """Raise SteelyardError, naming the request, where the model cannot read `tokens` after `prompt`."""
+        if not len(tokens):
+            raise SteelyardError(f"request {name}: no tokens after the prompt")
+        # The last token is not read: nothing after it is asked for
+        self._check_sizes(prompt, len(tokens), len(prompt) + len(tokens) - 1, name)
+        self._check_vocabulary(tokens, name)
+
     def _check_request(self, prompt: Sequence[int], sampling: Sampling, name: str) -> None:
         check_sampling(sampling, name)
+        self._check_sizes(prompt, sampling.max_tokens, len(prompt) + sampling.max_tokens, name)
+        self._check_vocabulary(sampling.stop_tokens, name)
+
+    def _check_sizes(self, prompt: Sequence[int], new: int, total: int, name: str) -> None:
         if not len(prompt):
             raise SteelyardError(f"request {name}: the prompt is empty: give at least one token (a BOS, say)")
         self._check_vocabulary(prompt, name)
         limit = self.model.config.max_position_embeddings
-        if len(prompt) + sampling.max_tokens > limit:
+        if total > limit:
             raise SteelyardError(
-                f"request {name}: {len(prompt)} prompt tokens + {sampling.max_tokens} new ones exceed the context of "
+                f"request {name}: {len(prompt)} prompt tokens + {new} new ones exceed the context of "
                 f"{limit}: shorten the prompt or lower max_tokens (nothing is ever truncated)"
             )
-        needed = pages_for(len(prompt), sampling.max_tokens)
+        needed = pages_for(len(prompt), new)
         if needed >= self.pages.count:
             raise SteelyardError(
-                f"request {name}: {len(prompt)} prompt tokens + {sampling.max_tokens} new ones need "
+                f"request {name}: {len(prompt)} prompt tokens + {new} new ones need "
                 f"{(needed + 1) * self.page_bytes:,} bytes of cache; this engine has {self.cache_bytes:,}: "
                 "raise cache_bytes, or lower max_tokens"
             )
-        self._check_vocabulary(sampling.stop_tokens, name)
 
     def _check_vocabulary(self, tokens: Sequence[int], name: str) -> None:
         vocabulary = self.model.config.vocab_size
         if len(tokens) and not (min(tokens) >= 0 and max(tokens) < vocabulary):
             token = next(token for token in tokens if not 0 <= token < vocabulary)
             raise SteelyardError(f"request {name}: token {token} is outside the model's vocabulary of {vocabulary}")
+
+    def begin_alone(self) -> None:
+        """Empty the cache; who calls this may use `executor` and `pages` until the next request.
+
+        Raises SteelyardError while there are requests.
+        """
+        if not self.idle:
+            raise SteelyardError("the engine is serving other requests: this needs it alone")
+        self._schedule.clear()
 
     # -- a step -------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steelyard.inference import kernels
-from steelyard.inference.kernels import Kernels, side_by_side
+from steelyard.inference.kernels import Kernels, Network, side_by_side
 from steelyard.inference.quantize import Int8Linear
 from steelyard.model.llama import Block, Llama, LlamaConfig, RMSNorm, rope_frequencies, rotate
 
@@ -48,11 +48,24 @@ class Executor:
         self.layers = [_Layer(block, self.kernels) for block in model.model.layers if isinstance(block, Block)]
         head = (model.model.embed_tokens if model.lm_head is None else model.lm_head).weight
         self.head = Linear(head, None, self.kernels)
-        self._scratch: dict[str, Tensor] = {}
         positions = torch.arange(min(config.max_position_embeddings, pages * PAGE), dtype=torch.float32)
         angles = positions[:, None] * rope_frequencies(config, config.max_position_embeddings)
         angles = torch.cat((angles, angles), dim=-1).to(self.device)
         self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)  # [positions, D]
+        self.network = self._network()
+
+    def _network(self) -> Network | None:
+        """The model for `Kernels.forward`; None where a projection is not for it (8 bits), or there are no kernels."""
+        layers: list[list[Tensor | None]] = []
+        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
+            parts = [part for part in (layer.qkv, layer.out, layer.gate_up, layer.down) if isinstance(part, Linear)]
+            if self.kernels is None or len(parts) < 4:
+                return None
+            qkv, out, gate_up, down = ((part.packed, part.packed_bias) for part in parts)
+            layers.append([layer.norm.weight, *qkv, *out, layer.mlp_norm.weight, *gate_up, *down, keys, values])
+        assert self.head.packed is not None
+        stream = (self.model.model.embed_tokens.weight, self.model.model.norm.weight, self.head.packed)
+        return Network(self.config, layers, (*stream, self.cos, self.sin))
 
     @staticmethod
     def bytes_per_page(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -93,7 +106,7 @@ class Executor:
         firsts = F.pad(lengths.cumsum(0), (1, 0)).to(self.device)  # [n + 1]
         where = torch.tensor(starts, device=self.device)
         pages = torch.tensor(padded, dtype=torch.int32, device=self.device)
-        return self._run(flat, self._attention(firsts, where, pages), None if every else firsts[1:] - 1)
+        return self._pass(flat, firsts, where, pages, None if every else firsts[1:] - 1)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, lengths: Tensor, tables: Tensor) -> Tensor:
@@ -104,22 +117,24 @@ class Executor:
         """
         if self.kernels is None:
             return self._run(tokens, _DecodeAttention(self, lengths, tables), None)
-        firsts = torch.arange(len(tokens) + 1)
-        return self._run(tokens, _KernelAttention(self, self.kernels, firsts, lengths, tables.contiguous()), None)
+        return self._pass(tokens, torch.arange(len(tokens) + 1), lengths, tables.contiguous(), None)
 
-    def _attention(self, firsts: Tensor, starts: Tensor, tables: Tensor) -> _Attention:
-        if self.kernels is not None:
-            return _KernelAttention(self, self.kernels, firsts, starts, tables)
-        return _PackedAttention(self, firsts, starts, tables.long())
+    def _pass(self, tokens: Tensor, firsts: Tensor, starts: Tensor, tables: Tensor, wanted: Tensor | None) -> Tensor:
+        """Logits after the rows `wanted` (None: all) of sequences packed in `tokens`, as `Kernels.attend` has them."""
+        if self.kernels is None:
+            return self._run(tokens, _PackedAttention(self, firsts, starts, tables.long()), wanted)
+        if self.network is None:
+            return self._run(tokens, _KernelAttention(self, self.kernels, firsts, starts, tables), wanted)
+        return self.kernels.forward(self.network, tokens, firsts, starts, tables, wanted)
 
     def _run(self, tokens: Tensor, attention: _Attention, wanted: Tensor | None) -> Tensor:
-        """Logits after the rows `wanted` (None: all) of a packed pass over tokens [T]."""
+        """As `_pass`, layer by layer."""
         x = F.embedding(tokens, self.model.model.embed_tokens.weight)  # [T, C]
         step: Tensor | None = None
         for i, layer in enumerate(self.layers):
             y, x = self._normalise(x, step, layer.norm)
-            mixed = attention(i, self._linear(y, layer.qkv, "qkv"))
-            step = self._linear(mixed, layer.out, "out")
+            mixed = attention(i, self._linear(y, layer.qkv))
+            step = self._linear(mixed, layer.out)
             if wanted is not None and i + 1 == len(self.layers):  # the last MLP is for the wanted rows only
                 x, step = x[wanted], step[wanted]
             y, x = self._normalise(x, step, layer.mlp_norm)
@@ -127,41 +142,27 @@ class Executor:
         y, _ = self._normalise(x, step, self.model.model.norm)
         return self._linear(y, self.head)
 
-    def _linear(self, x: Tensor, layer: Linear | Int8Linear, name: str = "") -> Tensor:
-        """x [T, I] through `layer`: [T, O], in scratch of that `name` (valid until its next use), or fresh."""
+    def _linear(self, x: Tensor, layer: Linear | Int8Linear) -> Tensor:
+        """x [T, I] through `layer`: [T, O]."""
         if isinstance(layer, Int8Linear):
             eight: Tensor = layer(x)
             return eight
         if layer.packed is None or self.kernels is None:
             return F.linear(x, layer.weight, layer.bias)
-        outs = len(layer.weight)
-        out = self.room(name, len(x), outs) if name else x.new_empty(len(x), outs)
-        return self.kernels.linear(x, layer.packed, layer.packed_bias, out)
+        return self.kernels.linear(x, layer.packed, layer.packed_bias, x.new_empty(len(x), len(layer.weight)))
 
     def _mlp(self, y: Tensor, layer: _Layer) -> Tensor:
         """down(silu(gate(y)) * up(y)), [T, C]."""
-        if isinstance(layer.gate_up, Linear) and layer.gate_up.packed is not None and self.kernels is not None:
-            out = self.room("gated", len(y), len(layer.gate_up.weight) // 2)
-            gated = self.kernels.gated(y, layer.gate_up.packed, layer.gate_up.packed_bias, out)
-        else:
-            gate, up = self._linear(y, layer.gate_up).chunk(2, dim=-1)
-            gated = F.silu(gate) * up
-        return self._linear(gated, layer.down, "down")
+        gate, up = self._linear(y, layer.gate_up).chunk(2, dim=-1)
+        return self._linear(F.silu(gate) * up, layer.down)
 
     def _normalise(self, x: Tensor, step: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """The normalised stream, and the stream itself with `step` added (which may happen in place)."""
         if self.kernels is not None:
-            return self.kernels.add_norm(x, step, norm.weight, norm.eps, self.room("norm", *x.shape)), x
+            return self.kernels.add_norm(x, step, norm.weight, norm.eps, torch.empty_like(x)), x
         if step is not None:
             x = x + step
         return norm(x), x
-
-    def room(self, name: str, rows: int, width: int) -> Tensor:
-        """Scratch [rows, width], kept from step to step: fresh memory costs a page fault every 4 KiB."""
-        have = self._scratch.get(name)
-        if have is None or have.numel() < rows * width:
-            have = self._scratch[name] = torch.empty(rows * width, dtype=self.dtype)
-        return have[: rows * width].view(rows, width)
 
     def project(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [T, H, D] and keys [T, K, D], and values [T, K, D], of qkv [T, (H + 2 K) * D]."""
@@ -179,14 +180,14 @@ class _Attention(Protocol):
 
 
 class _KernelAttention:
-    """Both kinds of pass, compiled."""
+    """Both kinds of pass, compiled, between projections in 8 bits."""
 
     def __init__(self, own: Executor, kernels: Kernels, firsts: Tensor, starts: Tensor, tables: Tensor) -> None:
         self.own, self.kernels, self.firsts, self.starts, self.tables = own, kernels, firsts, starts, tables
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         own, config = self.own, self.own.config
-        out = own.room("mixed", len(qkv), config.num_attention_heads * config.head_dim)
+        out = qkv.new_empty(len(qkv), config.num_attention_heads * config.head_dim)
         turns, cache = (own.cos, own.sin), (own.keys[layer], own.values[layer])
         return self.kernels.attend(qkv, turns, cache, self.firsts, self.starts, self.tables, out, config)
 

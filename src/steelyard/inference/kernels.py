@@ -1,4 +1,4 @@
-"""The executor's compiled CPU kernels: built from `kernels.cpp` once a machine, loaded, and called with tensors.
+"""The executor's compiled CPU kernels: built from the C++ beside this once a machine, loaded, called with tensors.
 
 Needs a C++ compiler (`$CXX`, c++, g++ or clang++). Where there is none the executor runs in plain PyTorch: the same
 tokens up to rounding, about half the speed; `describe()` and `Endpoint.identity` say which. STEELYARD_KERNELS=off
@@ -27,12 +27,13 @@ from steelyard.base.errors import SteelyardError
 from steelyard.inference.endpoint import Sampling
 from steelyard.model.llama import LlamaConfig
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "choose.cpp"))
+_HEADER = Path(__file__).with_name("vectors.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-w")
 LANES = 16
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _COMPILE_SECONDS = 300
-# `Settings` of kernels.cpp
+# `Settings` of choose.cpp
 SETTINGS = np.dtype(
     [
         ("temperature", "f4"),
@@ -85,14 +86,15 @@ def load(dtype: torch.dtype) -> Kernels | None:
 
 def _build(program: str) -> Path:
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    name = sha256_hex("\n".join([SOURCE.read_text(), version, *FLAGS, _processor()]).encode())
+    sources = [path.read_text() for path in (_HEADER, *SOURCES)]
+    name = sha256_hex("\n".join([*sources, version, *FLAGS, _processor()]).encode())
     folder = _private_folder()
     library = folder / f"{name}.so"
     if library.is_file():
         return library
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / "kernels.so"
-        command = [program, *FLAGS, str(SOURCE), "-o", str(built)]
+        command = [program, *FLAGS, *map(str, SOURCES), "-o", str(built)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -142,8 +144,10 @@ class Kernels:
         self._add_norm = function("add_norm", *[pointer] * 4, number, number, ctypes.c_float, whole)
         self._pack = function("pack", pointer, pointer, number, number, whole)
         self._linear = function("linear", *[pointer] * 4, *[number] * 3, whole)
-        self._gated = function("gated", *[pointer] * 4, *[number] * 3, whole)
         self._attend = function("attend", *[pointer] * 9, *[number] * 5, whole)
+        sequences = (*[pointer] * 3, number, number)
+        to = (pointer, number, pointer, pointer, whole)
+        self._forward = function("forward", pointer, ctypes.c_float, pointer, number, *sequences, *to)
         self._choose = function("choose", *[pointer] * 3, number, number, whole)
         library.padded_outs.argtypes, library.padded_outs.restype = [number], number
         self._padded: Callable[[int], int] = library.padded_outs
@@ -159,19 +163,14 @@ class Kernels:
         """A copy of `weight` [O, I], I even, in the order `linear` reads (O filled up to whole panels)."""
         outs, size = weight.shape
         packed = weight.new_empty(self._padded(outs), size)
-        self._pack(weight.contiguous().data_ptr(), packed.data_ptr(), outs, size, torch.get_num_threads())
+        weight = weight.contiguous()
+        self._pack(weight.data_ptr(), packed.data_ptr(), outs, size, torch.get_num_threads())
         return packed
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         """x [T, I] times a packed weight [O, I] transposed, plus bias [O], into `out` [T, O]."""
         pointers = (x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
         self._linear(*pointers, *x.shape, out.shape[1], torch.get_num_threads())
-        return out
-
-    def gated(self, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        """silu(x Gᵀ) * (x Uᵀ) of x [T, I] into `out` [T, O]; `packed`, `bias` of G and U [O, I] as `side_by_side`."""
-        pointers = (x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
-        self._gated(*pointers, *x.shape, out.shape[1], torch.get_num_threads())
         return out
 
     def attend(
@@ -196,6 +195,26 @@ class Kernels:
         self._attend(*(tensor.data_ptr() for tensor in tensors), *sizes, torch.get_num_threads())
         return out
 
+    def forward(
+        self,
+        network: Network,
+        tokens: Tensor,
+        firsts: Tensor,
+        starts: Tensor,
+        tables: Tensor,
+        wanted: Tensor | None,
+    ) -> Tensor:
+        """Logits [n, V] of a packed pass over `tokens` (int64 [T]), after the rows `wanted` (int64 [n], ascending), or
+        all where None. `firsts`, `starts`, `tables` as in `attend`."""
+        rows, config = len(tokens), network.config
+        wants = rows if wanted is None else len(wanted)
+        logits = torch.empty(wants, config.vocab_size, dtype=network.room.dtype)
+        where = (firsts.data_ptr(), starts.data_ptr(), tables.data_ptr(), *tables.shape)
+        to = (None if wanted is None else wanted.data_ptr(), wants, network.room_for(rows), logits.data_ptr())
+        pointer = network.pointers.ctypes.data
+        self._forward(pointer, config.rms_norm_eps, tokens.data_ptr(), rows, *where, *to, torch.get_num_threads())
+        return logits
+
     def choose(
         self, logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]
     ) -> Tensor:
@@ -210,3 +229,42 @@ class Kernels:
         pointers = (logits.data_ptr(), settings.ctypes.data, tokens.data_ptr())
         self._choose(*pointers, rows, vocab, torch.get_num_threads())
         return tokens
+
+
+class Network:
+    """A model as `Kernels.forward` reads it: `Network`, `Layer` and `Room` of kernels.cpp, and what they point to."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layers: Sequence[Sequence[Tensor | None]],
+        ends: Sequence[Tensor],
+    ) -> None:
+        """`layers`: of each layer norm, qkv (packed) and its bias, out and its bias, mlp_norm, gate_up and its bias,
+        down and its bias, keys, values. `ends`: embedding, norm, head (packed), cosines, sines."""
+        self.config, self._kept = config, (list(layers), list(ends))
+        self._layers = np.array([[_address(tensor) for tensor in layer] for layer in layers], np.uint64)
+        sizes = (config.hidden_size, config.intermediate_size, config.vocab_size)
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        addresses = [*map(_address, ends), self._layers.ctypes.data]
+        self.pointers = np.array([*addresses, len(layers), *sizes, *heads], np.uint64)
+        head = config.head_dim
+        queries = config.num_attention_heads * head
+        widest = queries + 2 * config.num_key_value_heads * head
+        self._widths = (*[config.hidden_size] * 3, widest, queries, config.intermediate_size)
+        self.room = ends[0].new_empty(0)
+        self._places = np.zeros(len(self._widths), np.uint64)
+        self._rows = 0
+
+    def room_for(self, rows: int) -> int:
+        """Where the addresses of scratch for so many rows lie. It is kept from pass to pass: fresh memory costs a page
+        fault every 4 KiB."""
+        if rows > self._rows:
+            self._rows, self.room = rows, self.room.new_empty(rows * sum(self._widths))
+            starts = np.cumsum([0, *self._widths[:-1]]) * rows * self.room.element_size()
+            self._places = (self.room.data_ptr() + starts).astype(np.uint64)
+        return int(self._places.ctypes.data)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.special import ndtri
-from torch.nn import functional as F
 
 from steelyard.base.errors import UsageError
 from steelyard.base.progress import Progress
-from steelyard.model.llama import Llama, load_llama
+from steelyard.inference.engine import Engine
+from steelyard.inference.likelihood import log_likelihoods
+from steelyard.model.llama import load_llama
 from steelyard.model.tokenizer import Tokenizer
 from steelyard.safety.measure import TWO_SIDED, Interval, read_text
 
@@ -49,27 +49,21 @@ def perplexity(folder: Path, text: Path, progress: Progress, *, window: int = 10
     ids = tokenizer.encode(content, bos=False)
     if len(ids) < 2:
         raise UsageError(f"{text}: {len(ids)} tokens: nothing to predict")
-    windows: list[tuple[float, int]] = []
+    given: list[list[int]] = []
+    scored: list[list[int]] = []
+    done = 1  # the first token is given
+    while done < len(ids):
+        # The first window scores all it holds, a later one its last `stride` tokens.
+        end = min(done + stride if scored else 1 + window, len(ids))
+        start = max(0, end - 1 - window)  # `window` tokens are read to predict up to the one before `end`
+        given.append(ids[start:done])
+        scored.append(ids[done:end])
+        done = end
     with progress.task(f"perplexity of {folder.name}", len(ids) - 1, "tokens") as task:
-        scored = 1  # the first token is given
-        while scored < len(ids):
-            # The first window scores all it holds, a later one its last `stride` tokens.
-            end = min(1 + window if not windows else scored + stride, len(ids))
-            start = max(0, end - 1 - window)  # `window` tokens are read to predict up to the one before `end`
-            loss = _loss(model, ids[start:end], scored - start)
-            windows.append((loss, end - scored))
-            task.advance(end - scored)
-            scored = end
-    total, count, size = sum(loss for loss, _ in windows), len(ids) - 1, len(content.encode())
-    return Perplexity(count, size, math.exp(total / count), total / math.log(2) / size, tuple(windows))
-
-
-@torch.inference_mode()
-def _loss(model: Llama, ids: list[int], first: int) -> float:
-    """Sum of negative log-likelihoods (nats) of ids[first:], each given all before it in `ids`."""
-    hidden = model.packed(torch.tensor(ids[:-1]), torch.arange(len(ids) - 1), [len(ids) - 1])  # [T, C]
-    logits = model.head(hidden[first - 1 :])  # [scored, V]
-    return float(F.cross_entropy(logits.float(), torch.tensor(ids[first:]), reduction="sum"))
+        found = log_likelihoods(Engine(model, tokenizer.eos_ids), given, scored, advance=task.advance)
+    windows = tuple((-math.fsum(values), len(values)) for values in found)
+    total, count, size = math.fsum(loss for loss, _ in windows), len(ids) - 1, len(content.encode())
+    return Perplexity(count, size, math.exp(total / count), total / math.log(2) / size, windows)
 
 
 def relative_rise(before: Perplexity, after: Perplexity) -> Interval:
