@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ from typer.testing import CliRunner, Result
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.cli.main import app
+from steelyard.inference.endpoint import Completion, Request
+from steelyard.inference.local import LocalEndpoint
+from steelyard.train.guard import folder_lock
 from steelyard.train.prompts import read_prompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
@@ -75,28 +80,178 @@ def test_dpo_writes_a_model(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("method", ["rejection", "distil"])
-def test_answers_are_drawn_judged_and_learned(
-    folder: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+class Scripted:
+    """In the place of the model: answers that get longer with the seed, and after a preprompt. From `fails` calls on
+    it is interrupted.
+    """
+
+    def __init__(self, *, finish: str = "stop", fails: int | None = None) -> None:
+        self.finish, self.fails, self.asked, self.calls = finish, fails, list[Request](), 0
+
+    def identity(self) -> dict[str, object]:
+        return {"kind": "local"}
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self.calls += 1
+        if self.fails is not None and self.calls >= self.fails:
+            raise KeyboardInterrupt
+        self.asked += requests
+        texts = ["yes" * (1 + request.seed % 3 + (request.prompt[0].role == "system")) for request in requests]  # type: ignore[union-attr]
+        return [Completion(r.id, text, self.finish, None, None) for r, text in zip(requests, texts, strict=True)]  # type: ignore[arg-type]
+
+
+class Draws:
+    """A folder in which `rejection` and `distil` draw from whatever stands in the place of the model."""
+
+    def __init__(self, folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.root, self.patch = folder, root, monkeypatch
+        monkeypatch.syspath_prepend(root)
+        (root / f"scorer_{root.name}.py").write_text(SCORER)
+        self.prompts = rows(root / "prompts.jsonl", *({"prompt": f"Question {number}?"} for number in range(12)))
+        (root / "lead.txt").write_text("Answer at length.\n")
+
+    def __call__(self, method: str, endpoint: Scripted, *more: object) -> Result:
+        self.patch.setattr(LocalEndpoint, "open", lambda _folder: endpoint)
+        own = ("--samples", 16) if method == "rejection" else ("--preprompt", self.root / "lead.txt")
+        return invoke(
+            "train", method, self.folder, self.prompts, "--out", self.root / "out", "--steps", 1, "--tokens", 128,
+            "--scorer", f"python:scorer_{self.root.name}:Length", "--weight", "long=1", *own, *more,
+        )  # fmt: skip
+
+    def table(self, method: str) -> Path:
+        return self.root / "out.work" / ("samples.jsonl" if method == "rejection" else "distilled.jsonl")
+
+
+@pytest.fixture
+def draws(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draws:
+    return Draws(folder, tmp_path, monkeypatch)
+
+
+METHODS = pytest.mark.parametrize("method", ["rejection", "distil"])
+
+
+@METHODS
+def test_answers_are_drawn_judged_and_learned(draws: Draws, method: str) -> None:
+    endpoint = Scripted()
+    result = draws(method, endpoint, "--json")
+    assert code(result) == 0, result.output
+    found = json.loads(result.stdout[result.stdout.index("{\n") :])
+    assert (found["prompts"], found["data"]["conversations"]) == ({"kept": 12}, 12)
+    assert [json.loads(line)["why"] for line in draws.table(method).read_text().splitlines()] == ["kept"] * 12
+    assert len(endpoint.asked) == (192 if method == "rejection" else 24)
+    assert (draws.root / "out" / "model.safetensors").is_file()
+
+
+@METHODS
+def test_what_cannot_be_done_is_refused_before_anything_is_drawn(draws: Draws, method: str) -> None:
+    endpoint = Scripted()
+    table = draws.table(method)
+    table.parent.mkdir()
+    table.write_text("another's")
+    for held in (table.parent, table.parent / "answers"):
+        with folder_lock(held):
+            busy = draws(method, endpoint)
+        assert (code(busy), "is training here" in str(busy.exception)) == (1, True)
+    for more, status, said in (
+        (("--lora-rank", 2, "--lora-targets", "nonsense"), 2, "LoRA targets nonsense"),
+        (("--first-layer", 2), 2, "--first-layer"),
+        (("--adapter", draws.root / "adapter"), 2, "--lora-rank"),
+        (("--epochs", 1), 2, "not both"),
+        (("--out", draws.folder), 1, "exists already"),
+    ):
+        result = draws(method, endpoint, *more)
+        assert (code(result), said in str(result.exception)) == (status, True), str(result.exception)
+    assert (endpoint.asked, table.read_text()) == ([], "another's")
+
+
+def test_after_a_kill_only_what_lacks_is_drawn(draws: Draws) -> None:
+    killed = Scripted(fails=2)
+    assert code(draws("rejection", killed)) != 0
+    assert len(killed.asked) == 128
+    answers = draws.root / "out.work" / "answers" / "answers.jsonl"
+    answers.write_bytes(answers.read_bytes()[:-9])  # the last line is cut off
+    again = Scripted()
+    result = draws("rejection", again)
+    assert code(result) == 0, result.output
+    assert [request.id for request in again.asked[:2]] == [killed.asked[-1].id, "line-9/0"]
+    assert len(again.asked) == 192 - 127
+    assert len([json.loads(line) for line in answers.read_bytes().splitlines()]) == 192
+    shutil.rmtree(draws.root / "out")
+    third = Scripted()
+    assert code(draws("rejection", third)) == 0
+    assert third.asked == []
+    shutil.rmtree(draws.root / "out")
+    other = Scripted()
+    draws("rejection", other, "--temperature", 0.5)
+    assert len(other.asked) == 192
+
+
+@METHODS
+def test_where_nothing_is_kept_the_causes_and_a_remedy_are_named(draws: Draws, method: str) -> None:
+    result = draws(method, Scripted(finish="length"))
+    assert code(result) == 1
+    assert "12: " in str(result.exception)
+    assert "cut off" in str(result.exception)
+    assert str(result.exception).endswith("raise --max-tokens")
+    assert not (draws.root / "out").exists()
+
+
+def test_what_was_cut_is_counted(folder: Path, tmp_path: Path) -> None:
+    talks = ({"instruction": "Say it", "output": text} for text in ("one", "two " * 60))
+    data = rows(tmp_path / "chats.jsonl", *talks, {"instruction": "long " * 60, "output": "one"})
+    arguments = ("train", "sft", folder, data, "--out", tmp_path / "out", "--steps", 1, "--micro-batches", 1)
+    result = invoke(*arguments, "--tokens", 128, "--json")
+    assert code(result) == 0, result.output
+    found = json.loads(result.stdout[result.stdout.index("{\n") :])["data"]
+    assert [found[name] for name in ("conversations", "answers", "ends", "cut", "dropped")] == [2, 2, 1, 1, 1]
+    none = invoke(*arguments[:4], "--out", tmp_path / "none", "--tokens", 8)
+    assert "--tokens" in str(none.exception)
+
+
+def test_a_shape_is_taken_at_its_word(folder: Path, tmp_path: Path) -> None:
+    def tried(*more: object, **sizes: int) -> str:
+        shape = rows(tmp_path / "shape.json", {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+                     | {"num_hidden_layers": 2, "max_position_embeddings": 64} | sizes)  # fmt: skip
+        result = invoke(
+            "train", "pretrain", tmp_path / "shards", "--tokenizer", folder, "--shape", shape, "--steps", 200,
+            "--out", tmp_path / "out", *more,
+        )  # fmt: skip
+        return str(result.exception)
+
+    file = tmp_path / "shape.json"
+    assert tried(num_key_value_head=1) == (
+        f"{file}: num_key_value_head: no LLaMA has such a size, did you mean num_key_value_heads?"
+    )
+    assert tried(hidden_size=33).startswith(f"{file}: hidden_size = 33")
+    assert tried(vocab_size=7).startswith(f"{file}: vocab_size = 7")
+    assert tried("--length", 65).startswith(f"--length 65: {file} has max_position_embeddings = 64")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--steps", 1, "--epochs", 1), "not both"),
+        (("--epochs", 0), "--epochs 0: must be above 0"),
+        (("--learning-rate", "-1e-5"), "--learning-rate -1e-05: must be above 0"),
+        (("--steps", 2, "--warmup", 2), "--warmup 2"),
+        (("--dtype", "int3"), "--dtype int3: choose one of bfloat16, float32"),
+        (("--lora-rank", 2, "--lora-targets", "x"), "LoRA targets x"),
+    ],
+)
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_options_are_refused_by_their_flags_before_data_are_read(
+    folder: Path, tmp_path: Path, method: str, more: tuple[object, ...], said: str
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / f"length_{method}.py").write_text(SCORER)
-    prompts = rows(tmp_path / "prompts.jsonl", *({"prompt": f"Question {number}?"} for number in range(12)))
-    (tmp_path / "lead.txt").write_text("Answer at length.\n")
-    own = ("--samples", 8) if method == "rejection" else ("--preprompt", tmp_path / "lead.txt", "--margin", -1)
-    result = invoke(
-        "train", method, folder, prompts, "--out", tmp_path / "out", "--steps", 1, "--max-tokens", 24, "--tokens", 128,
-        "--scorer", f"python:length_{method}:Length", "--weight", "long=1", *own,
-    )  # fmt: skip
-    table = tmp_path / "out.work" / ("samples.jsonl" if method == "rejection" else "distilled.jsonl")
-    fates = [json.loads(line)["why"] for line in table.read_text().splitlines()]
-    assert len(fates) == 12
-    if "kept" in fates:
-        assert code(result) == 0, result.output
-        assert (tmp_path / "out" / "model.safetensors").is_file()
-    else:  # a random model may stop in none of its answers: then there is nothing to learn, and that is said
-        assert code(result) == 2
-        assert "no conversations" in str(result.exception)
+    result = invoke("train", method, folder, tmp_path / "absent.jsonl", "--out", tmp_path / "out", *more)
+    assert code(result) == 2
+    assert said in str(result.exception)
+    assert "min_lr" not in str(result.exception)
+
+
+def test_bad_rows_name_the_flag(folder: Path, tmp_path: Path) -> None:
+    data = rows(tmp_path / "chats.jsonl", {"instruction": "Say one", "output": ""})
+    for more in ((), ("--max-bad", 1)):
+        assert "--max-bad" in str(invoke("train", "sft", folder, data, "--out", tmp_path / "out", *more).exception)
 
 
 def test_wrong_use_ends_with_2(folder: Path, tmp_path: Path) -> None:

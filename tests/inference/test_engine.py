@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from steelyard.base.errors import SteelyardError, UsageError
+from steelyard.inference import kernels
 from steelyard.inference.endpoint import Sampling
 from steelyard.inference.engine import Engine
-from steelyard.inference.executor import Executor
+from steelyard.inference.executor import PAGE, Executor
+from steelyard.inference.pages import page_keys
 from steelyard.model.llama import Llama, LlamaConfig, load_llama
 from steelyard.model.tokenizer import Tokenizer
 
@@ -292,6 +294,8 @@ def test_no_requests_no_work(tiny: Llama) -> None:
         ([1], Sampling(stop=("x",)), "stop strings need a tokenizer"),
         ([1], Sampling(temperature=-1.0), "temperature"),
         ([1], Sampling(stop_tokens=(500,)), "token 500 is outside"),
+        ([1], Sampling(max_tokens=5.0), "max_tokens is 5.0: it must be a whole number from 1"),  # type: ignore[arg-type]
+        ([1, 2.0], Sampling(), "2.0 is no token id"),
     ],
 )
 def test_refuses_before_any_work_naming_the_request(
@@ -301,6 +305,22 @@ def test_refuses_before_any_work_naming_the_request(
     with pytest.raises(SteelyardError, match=named) as error:
         Engine(tiny, ()).generate([[1], prompt], [Sampling(), sampling], [0, 0], ["first", "second"])
     assert "request second" in str(error.value)
+
+
+def test_one_request_with_a_strange_setting_does_not_end_the_others(tiny: Llama) -> None:
+    engine = Engine(tiny, (), rows=4)
+    innocent = engine.submit([1, 2, 3], DRAW, 7)
+    for change in ({"repetition_penalty": 1e-300}, {"temperature": 10**400}, {"max_tokens": 5.0}, {"min_p": "0.1"}):
+        with pytest.raises(SteelyardError, match=f"request odd: {next(iter(change))} is "):
+            engine.submit([1, 2, 3], replace(DRAW, **change), 7, "odd")
+    with pytest.raises(SteelyardError, match=r"request odd: the seed is 1\.5: it must be a whole number"):
+        engine.submit([1, 2, 3], DRAW, 1.5, "odd")  # type: ignore[arg-type]
+    wide = engine.submit([1, 2, 3], replace(DRAW, top_k=2**31), 7)
+    wider = engine.submit([1, 2, 3], replace(DRAW, top_k=10**30, repetition_penalty=0.01, min_p=1e-300), 7)
+    while not engine.idle:
+        engine.step()
+    assert innocent.tokens == wide.tokens  # as many as the vocabulary: off
+    assert len(wider.tokens) == DRAW.max_tokens
 
 
 def test_broken_weights_are_an_error_not_tokens(tiny: Llama) -> None:
@@ -323,6 +343,87 @@ def test_one_request_that_breaks_does_not_spoil_the_others(tiny: Llama) -> None:
     assert "request 1: the model's logits are not finite" in str(handles[1].error)
     for i in (0, *range(2, 12)):
         assert handles[i].tokens == Engine(tiny, ()).generate([prompts[i]], [replace(DRAW, max_tokens=9)], [i])[0][0]
+
+
+@pytest.fixture(params=["compiled", "off"])
+def poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Llama]:
+    """A model of sizes that the kernels serve. Token 77 makes NaNs."""
+    monkeypatch.setenv("STEELYARD_KERNELS", "off" if request.param == "off" else "")
+    kernels.load.cache_clear()
+    sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+    config = LlamaConfig.from_dict({"model_type": "llama", "max_position_embeddings": 512, **sizes, **heads})
+    model = Llama(config).initialise(5).eval().requires_grad_(False)
+    model.model.embed_tokens.weight[77] = float("nan")
+    yield model
+    kernels.load.cache_clear()
+
+
+def twins(engine: Engine) -> None:
+    for prompt in ([9] * 5 + [77] * 6, [8] * 40 + [77] * 9):  # in one partly filled page, and over three
+        for i in range(3):
+            engine.submit(prompt, replace(DRAW, max_tokens=5), i)
+    while not engine.idle:
+        engine.step()
+
+
+def one_prefix(engine: Engine) -> None:
+    """The second request shares pages of the first one, spoilt ones too, which is still being read."""
+    for tail in range(2):
+        engine.submit([8] * 20 + [77] * 300 + [tail], DRAW)
+        for _ in range(3):
+            engine.step()
+    while not engine.idle:
+        engine.step()
+
+
+def one_of_a_list(engine: Engine) -> None:
+    with pytest.raises(SteelyardError, match="not finite"):
+        engine.complete([[9, 77], [8] * 40 + [77] * 300], [DRAW] * 2, [0, 1])
+
+
+def cancelled_while_read(engine: Engine) -> None:
+    handle = engine.submit([8] * 40 + [77] * 300, DRAW)
+    engine.step()
+    engine.step()
+    engine.cancel(handle)
+
+
+def given_up_while_read(engine: Engine) -> None:
+    engine.submit([8] * 40 + [77] * 300, DRAW)
+    engine.step()
+    engine.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.executor, "prefill", None)
+        with pytest.raises(TypeError):
+            engine.step()
+
+
+@pytest.mark.parametrize("spoil", [twins, one_prefix, one_of_a_list, cancelled_while_read, given_up_while_read])
+def test_pages_of_a_broken_request_do_not_spoil_later_ones(poisoned: Llama, spoil: Callable[[Engine], None]) -> None:
+    prompts = [[i, 2, 3, 4, 5] for i in range(1, 6)]
+    found = []
+    for before in (None, spoil):
+        engine = Engine(poisoned, {77}, rows=4, prefill_tokens=64)
+        if before is not None:
+            before(engine)
+            for bad in ([8] * 20 + [77] * 300, [8] * 40 + [77] * 300):  # nobody finds a page with a NaN
+                assert len(engine.pages.find(page_keys(bad))) <= bad.index(77) // PAGE
+        handles = [engine.submit(prompt, replace(DRAW, max_tokens=150), i) for i, prompt in enumerate(prompts)]
+        while not engine.idle:
+            engine.step()
+        assert [handle.error for handle in handles] == [None] * 5
+        assert engine.executor.finite(range(engine.pages.count))
+        found.append(([handle.tokens for handle in handles], engine.generate(prompts, [DRAW] * 5, range(5))))
+    assert found[0] == found[1]
+
+
+def test_cancelling_a_sound_prompt_leaves_its_pages_to_others(poisoned: Llama) -> None:
+    engine = Engine(poisoned, (), prefill_tokens=64)
+    handle = engine.submit([8] * 200, DRAW)
+    engine.step()
+    engine.cancel(handle)
+    assert len(engine.pages.find(page_keys([8] * 200))) == 4
 
 
 def test_check_agrees_with_what_was_generated_and_with_nothing_else(tiny: Llama) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,13 +246,64 @@ def test_broken_logits_are_told(broken: float, sampling: Sampling) -> None:
         ({"repetition_penalty": float("inf")}, "repetition_penalty"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": -2.5}, "frequency_penalty"),
-        ({"stop_tokens": (3, -1)}, "stop token"),
+        ({"stop_tokens": (3, -1)}, "stop_tokens"),
+        ({"stop_tokens": (3, 4.0)}, "stop_tokens"),
+        ({"stop_tokens": 3}, "stop_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"stop": ("a", "")}, "stop"),
+        ({"stop": "a"}, "stop"),
+        ({"stop": (5,)}, "stop"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": 1e39}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"top_p": None}, "top_p"),
+        ({"top_k": 5.0}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"top_k": float("inf")}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"),
+        ({"frequency_penalty": "1"}, "frequency_penalty"),
+        ({"max_tokens": 5.0}, "max_tokens"),
+        ({"max_tokens": None}, "max_tokens"),
+        ({"logprobs": 2.0}, "logprobs"),
     ],
 )
-def test_meaningless_settings_are_refused(change: dict[str, float], named: str) -> None:
-    with pytest.raises(SteelyardError, match=named) as error:
-        check_sampling(replace(DRAW, **change), "p-17")  # type: ignore[arg-type]
-    assert "request p-17" in str(error.value)
+def test_meaningless_settings_are_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(SteelyardError, match=f"^request p-17: {named} is .+: it must be ") as error:
+        check_sampling(replace(DRAW, **change), "p-17")
+    assert ascii(change[named])[:77] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0, "top_p": 1, "min_p": 1, "repetition_penalty": 100},
+        {"temperature": np.float32(0.5), "top_k": np.int64(5), "presence_penalty": -2, "frequency_penalty": 2},
+        {"temperature": 1e-320, "top_p": 1e-320, "min_p": 1e-320, "repetition_penalty": 0.01},
+        {"temperature": 100.0, "top_k": 2**31},
+        {"top_k": 10**30, "stop": ["a"], "stop_tokens": {3}, "logprobs": 0},
+    ],
+)
+def test_whatever_is_let_in_can_be_drawn_from(change: dict[str, Any]) -> None:
+    sampling = replace(DRAW, **change)
+    check_sampling(sampling, "0")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):  # torch.float64: not by the kernels
+        logits = penalise(torch.randn(1, 300).mul(1e4).to(dtype), [sampling], [([1, 2], [3, 3])])
+        token = choose(logits, [sampling], [1], [0])
+        assert 0 <= int(token) < 300
+        assert margins(logits, token, sampling, 1, [0])[0] < 1e-3
+
+
+def test_a_top_k_over_the_vocabulary_is_off() -> None:
+    for dtype in (torch.float32, torch.float64):
+        logits, rows = torch.randn(50, 300).to(dtype), range(50)
+        plain = choose(logits, [replace(DRAW, top_k=0)] * 50, rows, rows)
+        for top_k in (300, 301, 2**31 - 1, 2**31, 2**64):
+            assert choose(logits, [replace(DRAW, top_k=top_k)] * 50, rows, rows).equal(plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -389,6 +390,27 @@ def test_the_shipped_sampling_is_read_as_transformers_reads_it(tmp_path: Path, c
     else:
         with pytest.raises(expected, match="generation_config"):
             shipped_sampling(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("top_k", value) for value in (2**31, 10**400, -1, 2.5, True, [5])),
+        *(("temperature", value) for value in (0, 101, 1e300, 10**400, -1.0, "hot", False)),
+        *(("top_p", value) for value in (0, 1.01, 10**400, -0.5, "all")),
+    ],
+    ids=lambda value: ascii(value)[:12],
+)
+def test_a_shipped_value_out_of_range_is_told_with_file_and_key(tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"do_sample": True, key: value}))
+    with pytest.raises(FormatError, match=f"^{re.escape(str(path))}: {key}: .+ is not a (whole )?number"):
+        shipped_sampling(tmp_path)
+
+
+def test_a_shipped_top_k_over_any_vocabulary_is_legal(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 2**31 - 1}))
+    assert shipped_sampling(tmp_path) == Sampling(1.0, 1.0, 2**31 - 1)
 
 
 def test_a_setting_of_generation_in_the_model_configuration_is_refused(tmp_path: Path) -> None:

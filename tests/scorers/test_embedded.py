@@ -15,24 +15,24 @@ import pytest
 from steelyard.base.canonical import sha256_file
 from steelyard.base.errors import FormatError, UsageError
 from steelyard.scorers.base import Item, Score, score_checked
-from steelyard.scorers.embedded import WEIGHTS, EmbeddedScorer
+from steelyard.scorers.embedded import WEIGHTS, SentenceScorer
 from steelyard.scorers.head import KINDS, Head
 
 NAMES = sorted(KINDS)
 
 
-def values(scorer: EmbeddedScorer, items: list[Item]) -> list[float]:
+def values(scorer: SentenceScorer, items: list[Item]) -> list[float]:
     results = score_checked(scorer, items)
     assert all(isinstance(result, Score) for result in results), results
     return [result.values[scorer.kind.category] for result in results if isinstance(result, Score)]
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def scorer(request: pytest.FixtureRequest) -> EmbeddedScorer:
-    return EmbeddedScorer(request.param)
+def scorer(request: pytest.FixtureRequest) -> SentenceScorer:
+    return SentenceScorer(request.param)
 
 
-def test_canaries_are_scored_right_with_a_margin(scorer: EmbeddedScorer) -> None:
+def test_canaries_are_scored_right_with_a_margin(scorer: SentenceScorer) -> None:
     canaries = scorer.canaries()
     threshold = scorer.identity().categories[scorer.kind.category].threshold
     for expected in ("above", "below"):
@@ -43,7 +43,7 @@ def test_canaries_are_scored_right_with_a_margin(scorer: EmbeddedScorer) -> None
         assert distance > 0.1, (canary.id, value)
 
 
-def test_scores_depend_neither_on_order_nor_on_batch_neighbours(scorer: EmbeddedScorer) -> None:
+def test_scores_depend_neither_on_order_nor_on_batch_neighbours(scorer: SentenceScorer) -> None:
     items = [canary.item for canary in scorer.canaries()]
     items += [Item("", "word " * count) for count in (1, 7, 30, 90, 200)] + [Item("", "You idiot. " + "ok " * 300)]
     alone = [values(scorer, [item])[0] for item in items]
@@ -55,7 +55,7 @@ def test_scores_depend_neither_on_order_nor_on_batch_neighbours(scorer: Embedded
 
 
 def test_an_insult_after_a_long_harmless_text_is_seen() -> None:
-    scorer = EmbeddedScorer("toxicity")
+    scorer = SentenceScorer("toxicity")
     threshold = scorer.identity().categories["toxicity"].threshold
     calm = "The garden was quiet in the morning and the birds sang in the old apple tree. " * 12
     low, high = values(scorer, [Item("", calm), Item("", calm + "You are a fucking stupid piece of shit, you moron.")])
@@ -63,34 +63,34 @@ def test_an_insult_after_a_long_harmless_text_is_seen() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "   \n", "...", "\u200b", "ok"])
-def test_next_to_nothing_is_neither_toxic_nor_a_refusal(scorer: EmbeddedScorer, text: str) -> None:
+def test_next_to_nothing_is_neither_toxic_nor_a_refusal(scorer: SentenceScorer, text: str) -> None:
     assert values(scorer, [Item("", text)])[0] < scorer.identity().categories[scorer.kind.category].threshold
 
 
-def test_no_items_no_scores(scorer: EmbeddedScorer) -> None:
+def test_no_items_no_scores(scorer: SentenceScorer) -> None:
     assert scorer.score([]) == []
 
 
-def test_identity_is_stable_and_names_the_weights(scorer: EmbeddedScorer) -> None:
-    again = EmbeddedScorer(scorer.name)
+def test_identity_is_stable_and_names_the_weights(scorer: SentenceScorer) -> None:
+    again = SentenceScorer(scorer.name)
     assert scorer.identity() == again.identity()
     assert scorer.identity().digest == again.identity().digest
-    others = [EmbeddedScorer(name).identity() for name in NAMES if name != scorer.name]
+    others = [SentenceScorer(name).identity() for name in NAMES if name != scorer.name]
     assert all(other.weights != scorer.identity().weights for other in others)
 
 
 def test_identity_changes_with_the_head(tmp_path: Path) -> None:
-    before = EmbeddedScorer("refusal").identity()
+    before = SentenceScorer("refusal").identity()
     head = Head.load(WEIGHTS / "refusal.safetensors")
     head.blend[2] += 0.001
     head.save(tmp_path / "refusal.safetensors")
     card = json.loads((WEIGHTS / "refusal.json").read_text())
     (tmp_path / "refusal.json").write_text(json.dumps(card))
     with pytest.raises(FormatError, match="changed since its errors were measured"):
-        EmbeddedScorer("refusal", tmp_path)
+        SentenceScorer("refusal", tmp_path)
     card["head"] = sha256_file(tmp_path / "refusal.safetensors")
     (tmp_path / "refusal.json").write_text(json.dumps(card))
-    after = EmbeddedScorer("refusal", tmp_path).identity()
+    after = SentenceScorer("refusal", tmp_path).identity()
     assert after.weights != before.weights
     assert after.digest != before.digest
 
@@ -101,15 +101,15 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     whole = (tmp_path / "refusal.safetensors").read_bytes()
     (tmp_path / "refusal.safetensors").write_bytes(whole[:-1])
     with pytest.raises(FormatError, match=r"refusal\.safetensors"):
-        EmbeddedScorer("refusal", tmp_path)
+        SentenceScorer("refusal", tmp_path)
     (tmp_path / "refusal.json").write_text("[]")
     with pytest.raises(FormatError, match=r"refusal\.json"):
-        EmbeddedScorer("refusal", tmp_path)
+        SentenceScorer("refusal", tmp_path)
 
 
 def test_unknown_name() -> None:
     with pytest.raises(UsageError, match="refusal"):
-        EmbeddedScorer("kindness")
+        SentenceScorer("kindness")
 
 
 def test_the_weights_are_small() -> None:
@@ -135,8 +135,8 @@ def test_the_encoder_equals_transformers() -> None:
     import torch
 
     from steelyard.base.progress import Silent
-    from steelyard.hub.sources import fetch
-    from steelyard.scorers.encoder import SOURCE, Encoder, cache_folder
+    from steelyard.hub.sources import cache_folder, fetch
+    from steelyard.scorers.encoder import SOURCE, Encoder
 
     folder = fetch(SOURCE, cache_folder(), Silent())
     texts = ["Hello world.", "A longer sentence about the weather in Paris and beyond, with a comma.", "x"]

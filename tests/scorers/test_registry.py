@@ -8,8 +8,8 @@ from steelyard.base.errors import UsageError
 from steelyard.scorers.registry import open_scorer
 
 MODULE = """
-from steelyard.scorers.embedded import EmbeddedScorer
-def good(): return EmbeddedScorer("refusal")
+from steelyard.scorers.embedded import SentenceScorer
+def good(): return SentenceScorer("refusal")
 def raises(): raise RuntimeError("no\\nway")
 def wrong(): return 3
 constant = 1

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_folder
+from training_runs import Reported
 
 from steelyard.base.errors import FormatError, UsageError
-from steelyard.base.progress import Silent
 from steelyard.model.llama import load_llama
 from steelyard.train.classifier import BinaryCrossEntropy, Classifier, LabelledLoader, labelled, load_head, save_head
 from steelyard.train.loop import TrainOptions, train
@@ -33,7 +33,10 @@ def test_it_learns_and_its_head_comes_back(folder: Path, tmp_path: Path, tuning:
     options = TrainOptions(
         steps=40, learning_rate=1e-2, weight_decay=0.0, dtype="float32", compile="off", checkpoint_every=0
     )
-    train(model, loader, BinaryCrossEntropy(), options, tmp_path / "work", progress=Silent())
+    said = Reported()
+    train(model, loader, BinaryCrossEntropy(), options, tmp_path / "work", progress=said)
+    assert any("; 16 labels in 1 steps" in line for line in said.lines)  # of 48 tokens: no share of them
+    assert not any("supervised" in line for line in said.lines)
     everything = labelled(ROWS, range(len(ROWS)))
     found = model.eval().logits(everything)
     assert ((found[:, 0] > 0) == (everything.labels[:, 0] > 0.5)).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,26 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         read_conversations(write(tmp_path / "p.jsonl", PREFERENCE))
     with pytest.raises(SteelyardError, match="has none of messages"):
         read_conversations(write(tmp_path / "q.jsonl", {"text": "x"}))
+
+
+def test_a_bad_cell_of_parquet_is_a_bad_row(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    good, torn = b"fine", b"a\xff"
+    words = [good, good, torn, good]
+    ends = [sum(len(word) for word in words[:n]) for n in range(len(words) + 1)]
+    text = pyarrow.StringArray.from_buffers(
+        4, pyarrow.py_buffer(struct.pack("<5i", *ends)), pyarrow.py_buffer(b"".join(words))
+    )
+    late = pyarrow.array([None, 9 * 10**15, None, None], pyarrow.timestamp("ms"))  # beyond the year 9999
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"instruction": ["Say it"] * 4, "output": text}), path)
+    with pytest.raises(FormatError, match=r"a\.parquet:3: output: is not UTF-8 \(byte 1\) \(1 of 4 rows are bad"):
+        read_conversations(path)
+    said = Said()
+    found = read_conversations(path, max_bad=0.25, progress=said)
+    assert [talk.messages[1].content for talk in found] == ["fine"] * 3
+    assert "1 of 4 rows are bad and left out, the first: " in said.lines[-1]
+    parquet.write_table(pyarrow.table({"instruction": ["b"] * 4, "output": ["a"] * 4, "input": late}), path)
+    with pytest.raises(FormatError, match=r"a\.parquet:2: input: cannot be read"):
+        read_conversations(path)
+    assert len(read_conversations(path, max_bad=0.25)) == 3

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import tiny_folder
+from training_runs import Reported
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.progress import Silent
@@ -22,9 +23,12 @@ from steelyard.train.dpo import (
     answer_log_probs,
     cached_reference,
     chunked_log_probs,
+    prefer,
     reference_log_probs,
 )
-from steelyard.train.pairs import Pair, PairLoader, assemble_pairs, pairs_digest, render_pairs
+from steelyard.train.options import TrainOptions
+from steelyard.train.pairs import Pair, PairLoader, ShownPairs, assemble_pairs, pairs_digest, render_pairs
+from steelyard.train.preflight import check_data
 
 PREFERENCES = [
     Preference((Message("user", "How are you?"),), "Very well, thank you.", "No."),
@@ -239,3 +243,39 @@ def test_impossible_options_are_named(change: dict[str, float], complaint: str) 
 def test_impossible_sizes_are_named(pairs: list[Pair]) -> None:
     with pytest.raises(UsageError, match="pairs_per_step is 2"):
         PairLoader(pairs, range(5), pairs_per_step=2, micro_batches_per_step=3, seed=0)
+
+
+QUICK = TrainOptions(steps=1, learning_rate=1e-3, dtype="float32", compile="off", checkpoint_every=0)
+
+
+def test_the_preflight_counts_and_shows_what_the_chosen_answers_teach(folder: Path, tmp_path: Path) -> None:
+    said = Reported()
+    dpo = DPOOptions(pairs_per_step=5, micro_batches_per_step=1, max_length=200)
+    found = prefer(folder, PREFERENCES, tmp_path / "out", work=tmp_path / "work", options=QUICK, dpo=dpo, progress=said)
+    text = "\n".join(said.lines)
+    assert (found.data.ends, found.data.cut) == (5, 0)
+    assert "5 chosen answers keep their end of turn" in text
+    assert "preflight: 5 supervised end-of-turn tokens in those steps; three examples:" in text
+    for number, preference in enumerate(PREFERENCES[:3], 1):
+        assert f"example {number}: «" in text
+        assert f"»{preference.chosen}<|im_end|>" in text
+    renderer = Renderer(folder)
+    pairs = render_pairs(PREFERENCES, renderer, 200, Silent())[0]
+    loader = PairLoader(pairs, range(5), pairs_per_step=5, micro_batches_per_step=1, seed=0)
+    counted = check_data(loader, DPO(dpo, torch.zeros(5, 2)), 1000, ShownPairs(pairs, renderer))
+    assert counted.supervised == sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+
+
+def test_chosen_answers_that_never_end_are_refused_before_the_reference(folder: Path, tmp_path: Path) -> None:
+    # The rejected answers keep their ends: those are to become less likely.
+    cut = [Preference((Message("user", f"q{number}"),), "x" * 200, f"no {number}") for number in range(4)]
+    dpo = DPOOptions(pairs_per_step=4, micro_batches_per_step=1, max_length=100)
+    with pytest.raises(SteelyardError, match=r"no chosen answer of 4 pairs keeps its end of turn .*--max-length"):
+        prefer(folder, cut, tmp_path / "out", work=tmp_path / "work", options=QUICK, dpo=dpo, progress=Silent())
+    assert not (tmp_path / "work").exists()
+    renderer = Renderer(folder)
+    pairs, counts = render_pairs(cut, renderer, 100, Silent())
+    assert (counts.ends, counts.cut) == (0, 4)
+    loader = PairLoader(pairs, range(4), pairs_per_step=4, micro_batches_per_step=1, seed=0)
+    with pytest.raises(SteelyardError, match="no end-of-turn token"):
+        check_data(loader, DPO(dpo, torch.zeros(4, 2)), 1000, ShownPairs(pairs, renderer))

@@ -19,12 +19,12 @@ from training_runs import LENGTHS, VOCABULARY, Data, Reported, batch, options, t
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.model.llama import Llama
-from steelyard.train import checkpoint, preflight, speed
+from steelyard.train import checkpoint, loop, metrics, preflight, speed
 from steelyard.train.batch import IGNORE, Batch
 from steelyard.train.guard import Interrupted, folder_lock
 from steelyard.train.loop import TrainOptions, TrainResult, train
 from steelyard.train.losses import CrossEntropy
-from steelyard.train.metrics import read_metrics
+from steelyard.train.metrics import Metrics, read_metrics
 
 
 def run(
@@ -270,6 +270,90 @@ def test_disk_full_is_said_and_the_old_checkpoint_is_intact(tmp_path: Path, monk
     assert any("step 2 of 6" in line for line in said.lines)
 
 
+def _full(limit: int) -> Any:
+    """What a write to a disk does that is full from the `limit`-th on."""
+    calls = []
+
+    def write(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) >= limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return write
+
+
+class FullFile:
+    """An open file whose disk is full from the `limit`-th flush on."""
+
+    def __init__(self, file: Any, limit: int) -> None:
+        self.file, self.full = file, _full(limit)
+
+    def write(self, data: Any) -> None:
+        self.file.write(data)
+
+    def flush(self) -> None:
+        self.full()
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("part", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_met_by_the_metrics_saves_then_says_which_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    class Full(Metrics):
+        def __init__(self, folder: Path, start: int) -> None:
+            super().__init__(folder, start)
+            if part == "tensorboard":
+                self.events.file = FullFile(self.events.file, 3)  # type: ignore[assignment]
+            else:
+                self.file = FullFile(self.file, 3)  # type: ignore[assignment]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Metrics", Full)
+        with pytest.raises(SteelyardError, match=rf"{part}.*: metrics not written: the disk is full: make r") as caught:
+            run(tmp_path, steps=6, checkpoint_every=0)
+    assert str(caught.value).endswith(f"Saved as {tmp_path / 'checkpoints' / 'step-00000003'} after step 3")
+    assert caught.value.exit_code == 1
+    said, whole, again = Reported(), tiny(), tiny()
+    run(tmp_path, again, said=said, steps=6, checkpoint_every=0)
+    assert any("step 3 of 6" in line for line in said.lines)
+    run(tmp_path / "whole", whole, steps=6)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, again.get_parameter(name)), name
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]  # completed on closing
+
+
+def test_a_disk_too_full_for_a_checkpoint_too_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics.EventFile, "write", _full(3))
+    real = checkpoint.write_tensors
+
+    def full(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
+        real(folder, tensors, alone=alone)
+        if "00000003" in folder.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(SteelyardError, match=r"tfevents.*: the disk is full.*step-00000003: checkpoint not written"):
+        run(tmp_path, steps=6)
+    assert steps_kept(tmp_path) == [2]
+
+
+def test_metrics_that_cannot_be_begun_are_named(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file")
+    with pytest.raises(SteelyardError, match=r"tensorboard: metrics not written: .*: mend that and run again"):
+        run(tmp_path)
+
+
+def test_a_report_that_cannot_be_written_costs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "write_report", _full(1))
+    said = Reported()
+    assert run(tmp_path, said=said).steps == 4
+    assert any("report not written: " in line for line in said.lines)
+
+
 # -- stopping --------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +508,52 @@ def test_compiling_without_a_compiler_is_said_or_refused(tmp_path: Path, monkeyp
     said = Reported()
     run(tmp_path / "auto", said=said)
     assert any("no C++ compiler" in line for line in said.lines)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_resumed_run_is_compiled_as_before_however_busy_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    class Stopped(Exception):  # noqa: N818, it is no failure
+        pass
+
+    class Ending(Data):
+        def step(self, index: int) -> Sequence[Batch]:
+            if index == 2:
+                raise Stopped
+            return super().step(index)
+
+    def measure(rate: float) -> None:
+        monkeypatch.setattr(speed, "matrix_rate", lambda *_: rate)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(speed, "compiler", lambda: "g++")
+    monkeypatch.setattr(torch, "compile", lambda function: seen.append(function) or function)
+    slow, fast = 1.0, 1e30  # on a slow machine every run is long enough to compile
+    measure(slow if compiled else fast)
+    with pytest.raises(Stopped):
+        run(tmp_path, data=Ending(steps_per_epoch=2), checkpoint_every=1)
+    assert bool(seen) is compiled
+    seen.clear()
+    mark = tmp_path / "checkpoints" / "step-00000002" / "complete.json"
+    document = json.loads(mark.read_text())
+    assert document["compiled"] is compiled
+    measure(fast if compiled else slow)
+    for mode, state, expected in (
+        ("on", compiled, True),  # what is asked for outright is done
+        ("off", compiled, False),
+        ("auto", None, not compiled),  # of a checkpoint that does not say
+        ("auto", compiled, compiled),
+    ):
+        mark.write_text(json.dumps({**document, "compiled": state}))
+        with pytest.raises(Stopped):
+            run(tmp_path, data=Ending(steps_per_epoch=2), checkpoint_every=1, compile=mode)
+        assert bool(seen) is expected, (mode, state)
+        seen.clear()
+    del document["compiled"]
+    mark.write_text(json.dumps(document))
+    run(tmp_path, data=Data(steps_per_epoch=2), checkpoint_every=1)
+    assert bool(seen) is not compiled
 
 
 def test_operations_of_a_step_are_those_of_its_products() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,30 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, data: tuple[Pa
                  progress=Silent())  # fmt: skip
     with pytest.raises(FormatError, match="hidden_size"):
         new_model(SHAPE | {"hidden_size": 33}, tokenizer, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ({"num_key_value_head": 1}, r"s\.json: num_key_value_head: .* did you mean num_key_value_heads\?"),
+        ({"colour": 1}, r"s\.json: colour: no LLaMA has such a size: remove it"),
+        (
+            {"rope_parameters": {"rope_tehta": 5e5}},
+            r"s\.json: rope_parameters: rope_tehta: .* did you mean rope_theta\?",
+        ),
+        ({"hidden_size": 33}, r"s\.json: hidden_size"),
+        ({"vocab_size": 7}, r"s\.json: vocab_size = 7: the tokenizer .* has \d+: leave it out"),
+    ],
+)
+def test_a_size_that_would_be_ignored_is_refused(
+    data: tuple[Path, Shards], shape: dict[str, object], said: str
+) -> None:
+    with pytest.raises(FormatError, match=said):
+        new_model(SHAPE | shape, data[0], 0, "s.json")
+
+
+def test_a_whole_config_is_a_shape(tmp_path: Path, data: tuple[Path, Shards]) -> None:
+    model = new_model(SHAPE, data[0], 0)
+    save_pretrained(model, data[0], tmp_path / "m")
+    again = new_model(json.loads((tmp_path / "m" / "config.json").read_text()), data[0], 0)
+    assert again.config == model.config

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import tiny_folder
+from training_runs import Reported
 
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Silent
@@ -148,3 +150,32 @@ def test_what_cannot_be_done_is_refused_before_training(folder: Path, tmp_path: 
     with pytest.raises(UsageError, match="no adapter"):
         export_tuned(open_for_tuning(folder, Tuning()), folder, tmp_path / "out", adapter=tmp_path / "adapter")
     assert not (tmp_path / "work").exists()
+
+
+def test_a_model_card_does_not_go_with_other_weights(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    (source / "README.md").write_text("passed the test")
+    (source / "LICENSE").write_text("terms")
+    export_tuned(open_for_tuning(source, Tuning()), source, tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
+
+
+def test_it_says_how_much_was_cut_and_what_would_keep_it(folder: Path, tmp_path: Path) -> None:
+    long = Conversation((Message("user", "Say it"), Message("assistant", "so " * 200)))
+    nothing = Conversation((Message("user", "so " * 200), Message("assistant", "it")))
+    said = Reported()
+    result = fine_tune(
+        folder, [*CHATS, long, nothing], tmp_path / "out", work=tmp_path / "work", options=replace(QUICK, steps=1),
+        packing=SMALL, validation=CHATS, progress=said,
+    )  # fmt: skip
+    assert said.lines[:2] == [
+        "4 conversations with 4 answers, 3 of which keep their end of turn; 1 cut at 128 tokens (the last answer may "
+        "lose its end), 1 left out (no answer within them): raise --tokens (in a recipe tokens_per_micro_batch) to "
+        "keep them whole",
+        "validation: 3 conversations with 3 answers, 3 of which keep their end of turn; 0 cut at 128 tokens (the last "
+        "answer may lose its end), 0 left out (no answer within them)",
+    ]
+    assert (result.data.cut, result.data.dropped) == (1, 1)
+    assert Packing(512).remedy(512) == "the model has no more positions"

@@ -47,7 +47,7 @@ def merkle_root(leaves: Iterable[bytes]) -> str:
     return level[0].hex()
 
 
-SOURCES = {".py", ".cpp"}
+SOURCES = {".py", ".cpp", ".h"}
 
 
 def code_digest(*packages: str) -> str:

@@ -19,7 +19,9 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first answer; counts up by one an answer.")] = 0,
 ) -> None:
-    """Chat on a terminal, or answer one --prompt. An empty line ends the chat."""
+    """Chat on a terminal, or answer one --prompt. Ctrl-C ends an answer, an empty line or Ctrl-C the chat."""
+    if prompt is not None and not prompt.strip():
+        raise UsageError("--prompt is empty: nothing to answer")
     if completion and system is not None:
         raise UsageError("--system with --completion: plain text has no system prompt: leave one of the two out")
     from dataclasses import replace
@@ -32,15 +34,25 @@ def chat(
     sampling = replace(shipped_sampling(folder), max_tokens=max_tokens)
     turns: list[Message] = [Message("system", system)] if system is not None else []
     while True:
-        text = prompt if prompt is not None else _ask()
+        try:
+            text = prompt if prompt is not None else _ask()
+        except KeyboardInterrupt:
+            print(flush=True)
+            return
         if not text.strip():
             return
         turns.append(Message("user", text))
         asked = text if completion else tuple(turns)
         answer = ""
-        for piece in endpoint.stream(Request(id="chat", prompt=asked, sampling=sampling, seed=seed)):
-            answer += piece
-            print(piece, end="", flush=True)
+        pieces = endpoint.stream(Request(id="chat", prompt=asked, sampling=sampling, seed=seed))
+        try:
+            for piece in pieces:
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pieces.close()  # frees the request's row
+            if prompt is not None:
+                raise
         print(flush=True)
         if prompt is not None:
             return

@@ -20,17 +20,24 @@ Data = Annotated[Path, typer.Option(help="The research data's folder (see CONTRI
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="toxicity or refusal.")],
+    name: Annotated[str, typer.Argument(help="contextual, lexical, toxicity or refusal.")],
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors and NAME.json.")],
     seed: Annotated[int, typer.Option(min=0, help="The same machine, data and seed give the same bytes.")] = 0,
     as_json: AsJSON = False,
 ) -> None:
-    """Train an embedded scorer from declared data; no test set is read."""
+    """Train an embedded scorer from declared data; it learns from no test set."""
     from steelyard.base.progress import default_progress
-    from steelyard.train.scorer import train_scorer
 
-    card = train_scorer(name, data, out, seed, default_progress(as_json=as_json))
+    progress = default_progress(as_json=as_json)
+    if name in ("contextual", "lexical"):
+        from steelyard.train.moderation import train_moderation
+
+        card = train_moderation(name, data, out, seed, progress)
+    else:
+        from steelyard.train.scorer import train_scorer
+
+        card = train_scorer(name, data, out, seed, progress)
     if as_json:
         print_json(card)
         return
@@ -44,18 +51,21 @@ def train(
 @app.command()
 def card(
     data: Data,
-    references: Annotated[list[str] | None, typer.Argument(help="Default: both embedded scorers.")] = None,
+    references: Annotated[list[str] | None, typer.Argument(help="Default: every embedded scorer.")] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Measure scorers on the TEST sets found under --data: AUC, accuracy, sensitivity and specificity."""
     from steelyard.safety.statistics import certifiable_floor
     from steelyard.scorers.base import Calibration
     from steelyard.scorers.card import scorer_card
+    from steelyard.scorers.head import KINDS
     from steelyard.scorers.registry import open_scorer
 
-    names = references or ["embedded:toxicity", "embedded:refusal"]
+    names = references or [f"embedded:{name}" for name in KINDS]
     cards = [scorer_card(open_scorer(reference), data) for reference in names]
     for category in (category for found in cards for category in found["categories"].values()):
+        if "calibration" not in category:  # of any category
+            continue
         calibration = Calibration.model_validate(category["calibration"])
         category["certifiable_floor"] = {event: certifiable_floor(calibration, event) for event in _EVENTS}
     if as_json:
@@ -75,10 +85,21 @@ def card(
             ]
             title = f"{found['name']}: {name}, {found['texts_per_second']:.0f} texts/s"
             print_table(title, ("test set", "n", "AUC", *_MEASURES), rows)
-            floors = ", ".join(f"{floor:.4f} {event}" for event, floor in category["certifiable_floor"].items())
-            print(f"lowest rate it can certify, of events above and below its threshold: {floors}")
+            if "certifiable_floor" in category:
+                floors = ", ".join(f"{floor:.4f} {event}" for event, floor in category["certifiable_floor"].items())
+                print(f"lowest rate it can certify, of events above and below its threshold: {floors}")
+            for test_set, s in category["test_sets"].items():
+                for facet, kinds in s.get("facets", {}).items():
+                    table = [
+                        (kind, *(_counted(shares, measure) for measure in _MEASURES)) for kind, shares in kinds.items()
+                    ]
+                    print_table(f"{name} on {test_set}, by {facet}", (facet, *_MEASURES), table)
             if category["absent"]:
                 print(f"absent from {data}: {', '.join(category['absent'])}")
+
+
+def _counted(shares: dict[str, dict[str, float]], measure: str) -> str:
+    return f"{_interval(shares[measure])} of {shares[measure]['n']}" if measure in shares else "-"
 
 
 def _interval(share: dict[str, float]) -> str:

@@ -5,21 +5,27 @@ The same command goes on from the last checkpoint after Ctrl-C or a crash. Under
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from steelyard.base.errors import UsageError
+from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.cli.options import AsJSON
 from steelyard.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from steelyard.base.progress import Progress
+    from steelyard.inference.endpoint import Endpoint
     from steelyard.train.answers import Judge
     from steelyard.train.conversations import Conversation
+    from steelyard.train.distill import Distilled
     from steelyard.train.options import TrainOptions, TrainResult
+    from steelyard.train.rejection import Selected
     from steelyard.train.tuning import Tuning
 
 app = typer.Typer(no_args_is_help=True, help="Train a model, or tune one for a use of your own.", rich_markup_mode=None)
@@ -52,6 +58,16 @@ Weights = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens; longer ones are not learned from.")]
 ALL = "q,k,v,o,gate,up,down"
+Number = Literal["bfloat16", "float32"]
+# What to change where nothing was kept, by what the reason says.
+_REMEDIES = {
+    "cut off": "raise --max-tokens",
+    "scores as well": "lower --margin, or give another --preprompt",
+    "scores too low": "lower --at-least",
+    "repeats itself": "give other prompts, or a model that answers them",
+    "empty": "give other prompts, or a model that answers them",
+    "judged": "give a --scorer that can judge them",
+}
 
 
 @app.command()
@@ -83,9 +99,14 @@ def pretrain(
     from steelyard.train.sft import check_outputs
     from steelyard.train.tuning import FULL, first_rank
 
-    check_outputs(out, None, FULL)
     options = _options(steps, epochs, learning_rate, warmup, dtype, checkpoint_every, seed)
-    model = pretraining.new_model(read_json_object(shape), tokenizer, seed)
+    check_outputs(out, None, FULL)
+    model = pretraining.new_model(read_json_object(shape), tokenizer, seed, str(shape))
+    positions = model.config.max_position_embeddings
+    if length > positions:
+        raise UsageError(
+            f"--length {length}: {shape} has max_position_embeddings = {positions}: lower one, raise the other"
+        )
     packing = pretraining.Packing("best_fit" if best_fit else "concatenated", length, rows, micro_batches)
     held_out = Shards.open(validation) if validation else None
     progress = default_progress(as_json=as_json)
@@ -124,15 +145,17 @@ def sft(
 ) -> None:
     """Fine-tune on conversations: the answers' tokens alone are learned."""
     from steelyard.base.progress import default_progress
+    from steelyard.hub.sources import cache_folder
     from steelyard.train.conversations import read_conversations
 
-    progress = default_progress(as_json=as_json)
-    read = [
-        read_conversations(source, max_bad=max_bad, progress=progress) if source else []
-        for source in (data, validation)
-    ]
     options = _options(steps, epochs, learning_rate, warmup, dtype, checkpoint_every, seed)
     tuning = _tuning(lora_rank, lora_alpha, lora_targets, first_layer, seed)
+    _check(model, out, adapter, tuning, tokens)
+    progress = default_progress(as_json=as_json)
+    read = [
+        read_conversations(source, max_bad=max_bad, cache=cache_folder(), progress=progress) if source else []
+        for source in (data, validation)
+    ]
     _tune(model, read[0], read[1], out, work, options, tuning, (tokens, micro_batches), adapter, progress, as_json)
 
 
@@ -169,22 +192,31 @@ def dpo(
 ) -> None:
     """Direct preference optimisation: chosen answers become likelier than rejected ones."""
     from steelyard.base.progress import default_progress
+    from steelyard.hub.sources import cache_folder
     from steelyard.train.conversations import read_preferences
     from steelyard.train.dpo import DPOOptions, prefer
     from steelyard.train.tuning import first_rank
 
+    options = _options(steps, epochs, learning_rate, warmup, dtype, checkpoint_every, seed, weight_decay=0.0)
+    how = DPOOptions(beta, label_smoothing, length_normalised, sft_weight, pairs, micro_batches, max_length)
+    how.check()
+    if pairs < micro_batches:
+        raise UsageError(f"--pairs {pairs}: must be at least --micro-batches ({micro_batches}), a pair for each")
+    tuning = _tuning(lora_rank, lora_alpha, lora_targets, first_layer, seed)
+    _check(model, out, adapter, tuning)
     progress = default_progress(as_json=as_json)
     read = [
-        read_preferences(source, max_bad=max_bad, progress=progress) if source else [] for source in (data, validation)
+        read_preferences(source, max_bad=max_bad, cache=cache_folder(), progress=progress) if source else []
+        for source in (data, validation)
     ]
     result = prefer(
         model,
         read[0],
         out,
         work=_work(out, work),
-        options=_options(steps, epochs, learning_rate, warmup, dtype, checkpoint_every, seed, weight_decay=0.0),
-        dpo=DPOOptions(beta, label_smoothing, length_normalised, sft_weight, pairs, micro_batches, max_length),
-        tuning=_tuning(lora_rank, lora_alpha, lora_targets, first_layer, seed),
+        options=options,
+        dpo=how,
+        tuning=tuning,
         validation=read[1],
         adapter=adapter,
         progress=progress,
@@ -221,28 +253,29 @@ def rejection(
     """Draw several answers to each prompt, and fine-tune on the one a scorer likes best."""
     from steelyard.base.progress import default_progress
     from steelyard.inference.endpoint import Sampling
-    from steelyard.inference.local import LocalEndpoint
     from steelyard.train.prompts import read_prompts
     from steelyard.train.rejection import best_of
 
-    progress, place = default_progress(as_json=as_json), _work(out, work)
+    progress, table = default_progress(as_json=as_json), _work(out, work) / "samples.jsonl"
     options = _options(steps, epochs, learning_rate, 0, "bfloat16", 500, seed)
     tuning = _tuning(lora_rank, lora_alpha, lora_targets, first_layer, seed)
-    judge = _judge(scorer, weight)
-    found = best_of(
-        LocalEndpoint.open(model),
-        read_prompts(prompts),
-        judge,
-        samples=samples,
-        sampling=Sampling(temperature=temperature, max_tokens=max_tokens),
-        at_least=at_least,
-        seed=seed,
-        progress=progress,
-    )
-    found.save(place / "samples.jsonl")
-    _counts(found.counts(), place / "samples.jsonl", as_json)
+    _check(model, out, adapter, tuning, tokens)
+    judge, asked = _judge(scorer, weight), read_prompts(prompts)
+
+    def draw(endpoint: Endpoint) -> Selected:
+        return best_of(
+            endpoint,
+            asked,
+            judge,
+            samples=samples,
+            sampling=Sampling(temperature=temperature, max_tokens=max_tokens),
+            at_least=at_least,
+            seed=seed,
+            progress=progress,
+        )
+
     sizes = tokens, micro_batches
-    _tune(model, found.conversations, [], out, place, options, tuning, sizes, adapter, progress, as_json)
+    _learn(draw, table, model, out, options, tuning, sizes, adapter, progress, as_json)
 
 
 @app.command()
@@ -272,28 +305,30 @@ def distil(
     """Context distillation: learn to answer without a preprompt as with one, where a scorer prefers that."""
     from steelyard.base.progress import default_progress
     from steelyard.inference.endpoint import Sampling
-    from steelyard.inference.local import LocalEndpoint
     from steelyard.train.distill import context_distil
     from steelyard.train.prompts import read_prompts
 
-    progress, place = default_progress(as_json=as_json), _work(out, work)
+    progress, table = default_progress(as_json=as_json), _work(out, work) / "distilled.jsonl"
     options = _options(steps, epochs, learning_rate, 0, "bfloat16", 500, seed)
     tuning = _tuning(lora_rank, lora_alpha, lora_targets, first_layer, seed)
-    judge = _judge(scorer, weight)
-    found = context_distil(
-        LocalEndpoint.open(model),
-        read_prompts(prompts),
-        [_text(path) for path in preprompt],
-        judge,
-        sampling=Sampling(max_tokens=max_tokens),
-        margin=margin,
-        seed=seed,
-        progress=progress,
-    )
-    found.save(place / "distilled.jsonl")
-    _counts(found.counts(), place / "distilled.jsonl", as_json)
+    _check(model, out, adapter, tuning, tokens)
+    judge, asked = _judge(scorer, weight), read_prompts(prompts)
+    leads = [_text(path) for path in preprompt]
+
+    def draw(endpoint: Endpoint) -> Distilled:
+        return context_distil(
+            endpoint,
+            asked,
+            leads,
+            judge,
+            sampling=Sampling(max_tokens=max_tokens),
+            margin=margin,
+            seed=seed,
+            progress=progress,
+        )
+
     sizes = tokens, micro_batches
-    _tune(model, found.conversations, [], out, place, options, tuning, sizes, adapter, progress, as_json)
+    _learn(draw, table, model, out, options, tuning, sizes, adapter, progress, as_json)
 
 
 def _options(
@@ -303,8 +338,16 @@ def _options(
 
     if steps is not None and epochs is not None:
         raise UsageError("give --steps or --epochs, not both")
-    passes = None if steps is not None else epochs or 1.0
-    kind = cast("Literal['bfloat16', 'float32']", dtype)  # TrainOptions says so where it is neither
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise UsageError(f"--epochs {epochs:g}: must be above 0")
+    if not 0 < rate < math.inf:
+        raise UsageError(f"--learning-rate {rate:g}: must be above 0")
+    if steps is not None and warmup >= steps:
+        raise UsageError(f"--warmup {warmup}: must be fewer than the {steps} steps of --steps")
+    if dtype not in get_args(Number):
+        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(get_args(Number))}")
+    passes = None if steps is not None else 1.0 if epochs is None else epochs
+    kind = cast("Number", dtype)
     return TrainOptions(
         steps, passes, learning_rate=rate, warmup=warmup, dtype=kind, checkpoint_every=every, seed=seed, **rest
     )
@@ -314,6 +357,14 @@ def _tuning(rank: int, alpha: float, targets: str, first_layer: int, seed: int) 
     from steelyard.train.tuning import Tuning
 
     return Tuning(rank, alpha, tuple(part.strip() for part in targets.split(",")), first_layer, seed)
+
+
+def _check(model: Path, out: Path, adapter: Path | None, tuning: Tuning, tokens: int | None = None) -> None:
+    """What can be refused at once, before data are read or answers drawn."""
+    from steelyard.train.sft import PACKING, Packing, check_outputs, check_tuning
+
+    check_outputs(out, adapter, tuning)
+    check_tuning(model, tuning, PACKING if tokens is None else Packing(tokens))
 
 
 def _judge(scorer: str, weights: list[str]) -> Judge:
@@ -341,6 +392,53 @@ def _work(out: Path, work: Path | None) -> Path:
     return work or out.with_name(out.name + ".work")
 
 
+def _learn(
+    draw: Callable[[Endpoint], Selected | Distilled],
+    table: Path,
+    model: Path,
+    out: Path,
+    options: TrainOptions,
+    tuning: Tuning,
+    sizes: tuple[int, int],
+    adapter: Path | None,
+    progress: Progress,
+    as_json: bool,
+) -> None:
+    """Draw answers, write what became of each prompt to `table` in the work folder, and tune on those kept.
+
+    The answers lie in a folder of their own, locked until the end: `train` locks the work folder itself, and a process
+    must not take one lock twice.
+    """
+    from steelyard.inference.local import LocalEndpoint
+    from steelyard.model.identity import subject_of
+    from steelyard.train.drawing import KeptAnswers
+    from steelyard.train.guard import folder_lock
+    from steelyard.train.tuning import first_rank
+
+    work, first = table.parent, first_rank()
+    with ExitStack() as held:
+        if first:
+            held.enter_context(folder_lock(work / "answers"))
+        with ExitStack() as drawing:
+            if first:
+                drawing.enter_context(folder_lock(work))  # nor while something else trains here
+            name = subject_of(model, progress).digest
+            path = work / "answers" / "answers.jsonl"
+            found = draw(KeptAnswers(path, name, lambda: LocalEndpoint.open(model), progress, keep=first))
+            if first:
+                found.save(table)
+        counts = found.counts()
+        if first and not as_json:
+            rows = [(why, f"{n:,}") for why, n in counts.items()]
+            print_table(f"prompts (each in {table})", ("fate", "prompts"), rows)
+        if not found.conversations:
+            fates = "; ".join(f"{n:,}: {why}" for why, n in counts.items())
+            remedies = dict.fromkeys(text for part, text in _REMEDIES.items() if any(part in why for why in counts))
+            raise SteelyardError(f"{table}: no answer was kept ({fates}): {'; '.join(remedies)}")
+        conversations = found.conversations
+        _tune(model, conversations, [], out, work, options, tuning, sizes, adapter, progress, as_json, counts)
+
+
 def _tune(
     model: Path,
     conversations: list[Conversation],
@@ -353,6 +451,7 @@ def _tune(
     adapter: Path | None,
     progress: Progress,
     as_json: bool,
+    prompts: dict[str, int] | None = None,
 ) -> None:
     from steelyard.train.sft import Packing, fine_tune
     from steelyard.train.tuning import first_rank
@@ -370,17 +469,13 @@ def _tune(
         progress=progress,
     )
     if first_rank():
-        _show(result, out, as_json)
+        _show(result, out, as_json, prompts)
 
 
-def _counts(counts: dict[str, int], rows: Path, as_json: bool) -> None:
-    if not as_json:
-        print_table(f"prompts (each in {rows})", ("fate", "prompts"), [(why, f"{n:,}") for why, n in counts.items()])
-
-
-def _show(result: TrainResult, out: Path, as_json: bool) -> None:
-    """What a run did, and where its model lies."""
+def _show(result: TrainResult, out: Path, as_json: bool, prompts: dict[str, int] | None = None) -> None:
+    """What a run did, and where its model lies. `prompts`: how many met each fate."""
     found = asdict(result) | {"folder": str(result.folder), "checkpoint": str(result.checkpoint), "model": str(out)}
+    found |= {} if prompts is None else {"prompts": prompts}
     if as_json:
         print_json(found)
         return

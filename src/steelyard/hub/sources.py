@@ -51,6 +51,11 @@ _CHUNK = 4 << 20
 _MAX_RATIO = 1000  # a zip entry that swells more than this is a bomb, not weights
 
 
+def cache_folder() -> Path:
+    """Where what is fetched outside a workspace is kept: $STEELYARD_CACHE, or ~/.cache/steelyard."""
+    return Path(os.environ.get("STEELYARD_CACHE") or Path.home() / ".cache" / "steelyard")
+
+
 def fetch(source: str, cache: Path, progress: Progress) -> Path:
     """Bring `source` (see the module) onto this machine; returns a file or a folder.
 

@@ -28,9 +28,10 @@ from steelyard.inference.executor import PAGE, Executor
 from steelyard.inference.graphs import DecodeGraphs
 from steelyard.inference.memory import cache_pages, memory_error, out_of_memory
 from steelyard.inference.pages import Pages
-from steelyard.inference.sampling import check_sampling, choose, log_probabilities, margins, penalise
+from steelyard.inference.sampling import check_sampling, choose, log_probabilities, margins, penalise, whole
 from steelyard.inference.scheduler import Finish, Generation, Plan, Scheduler, pages_for
 from steelyard.inference.text import TextStream
+from steelyard.model.headers import quote
 from steelyard.model.llama import Llama
 
 ROWS = 128  # where SmolLM2's decoding on two cores stops gaining from more
@@ -93,6 +94,7 @@ class Engine:
         self.pages = Pages(pages)
         self._schedule = Scheduler(self.pages, rows, queue, prefill_tokens)
         self._batch: tuple[list[Generation], Tensor] | None = None  # rows and page tables of the last writing step
+        self._spoilt: list[int] = []  # pages that may hold a NaN, which must not meet a later request
 
     @property
     def cache_bytes(self) -> int:
@@ -129,7 +131,12 @@ class Engine:
     def cancel(self, generation: Generation) -> None:
         """Forget a request; its row and pages are free at once. Nothing happens to one that is done."""
         if not generation.done:
-            self._schedule.remove(generation)
+            read = generation.table[: pages_for(len(generation.prompt), 1)]
+            # Of a prompt read in part nobody has looked at logits
+            if read and not generation.tokens and not self.executor.finite(read):
+                self._spoilt += self._schedule.withdraw(generation)
+            else:
+                self._schedule.remove(generation)
             generation.error = SteelyardError(f"request {generation.name}: cancelled")
 
     @torch.inference_mode()
@@ -188,7 +195,7 @@ class Engine:
                     if event.generation.error is not None:
                         raise event.generation.error
         finally:
-            self._schedule.clear()
+            self._forget()
         return asked
 
     @torch.inference_mode()
@@ -204,6 +211,7 @@ class Engine:
         tokens than `max_tokens`.
         """
         check_sampling(sampling, name)
+        self._check_seed(seed, name)
         self.check_given(prompt, tokens, name)
         if len(tokens) > sampling.max_tokens:
             raise SteelyardError(f"request {name}: {len(tokens)} tokens where max_tokens is {sampling.max_tokens}")
@@ -240,6 +248,7 @@ class Engine:
         self, prompt: Sequence[int], sampling: Sampling, seed: int, name: str, *, text: bool = False
     ) -> Generation:
         self._check_request(prompt, sampling, name)
+        self._check_seed(seed, name)
         if self.decode is None and (text or sampling.stop):
             raise SteelyardError(f"request {name}: text and stop strings need a tokenizer: this engine was given none")
         stream = TextStream(self.decode, sampling.stop) if self.decode and (text or sampling.stop) else None
@@ -276,8 +285,15 @@ class Engine:
                 "raise cache_bytes, or lower max_tokens"
             )
 
+    def _check_seed(self, seed: int, name: str) -> None:
+        if not whole(type(seed)):
+            raise SteelyardError(f"request {name}: the seed is {quote(seed)}: it must be a whole number")
+
     def _check_vocabulary(self, tokens: Sequence[int], name: str) -> None:
         vocabulary = self.model.config.vocab_size
+        if not all(map(whole, set(map(type, tokens)))):
+            odd = next(token for token in tokens if not whole(type(token)))
+            raise SteelyardError(f"request {name}: {quote(odd)} is no token id: it must be a whole number")
         if len(tokens) and not (min(tokens) >= 0 and max(tokens) < vocabulary):
             token = next(token for token in tokens if not 0 <= token < vocabulary)
             raise SteelyardError(f"request {name}: token {token} is outside the model's vocabulary of {vocabulary}")
@@ -290,10 +306,23 @@ class Engine:
         if not self.idle:
             raise SteelyardError("the engine is serving other requests: this needs it alone")
         self._schedule.clear()
+        self._cleanse()
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
+    def _forget(self) -> None:
+        """Remove all requests. Nobody has looked at all that they hold."""
+        self._spoilt += self.pages.held
+        self._schedule.clear()
+
+    def _cleanse(self) -> None:
+        """Zero what may be spoilt; after a step that ran out of memory this waits for the next one."""
+        if self._spoilt:
+            self.executor.clear(self._spoilt)
+            self._spoilt = []
+
     def _step(self) -> list[Event]:
+        self._cleanse()
         self.counts.steps += 1
         events: list[Event] = []
         if self._schedule.running:
@@ -352,7 +381,9 @@ class Engine:
             found = log_probabilities(logits[asked], [chosen[i] for i in asked], counts)
             for i, values in zip(asked, found, strict=True):
                 rows[i].logprobs.append(values)
-        return [self._take(generation, token, logits.dtype) for generation, token in zip(rows, chosen, strict=True)]
+        events = [self._take(generation, token, logits.dtype) for generation, token in zip(rows, chosen, strict=True)]
+        self._cleanse()  # before anybody takes the pages of those that failed
+        return events
 
     def _take(self, generation: Generation, token: int, dtype: torch.dtype) -> Event:
         if token < 0:
@@ -360,8 +391,7 @@ class Engine:
                 f"request {generation.name}: the model's logits are not finite: its weights are broken, "
                 f"or overflow in {str(dtype).removeprefix('torch.')}"
             )
-            self.executor.clear(self.pages.withdraw(generation.table))
-            self._schedule.remove(generation)
+            self._spoilt += self._schedule.withdraw(generation)
             return Event(generation, None, "")
         self.counts.generated += 1
         generation.tokens.append(token)
@@ -388,5 +418,5 @@ class Engine:
         schedule: Any = self._schedule
         for generation in [*schedule.waiting, *(part.reader for part in schedule.reading), *schedule.running]:
             generation.error = SteelyardError(f"request {generation.name}: given up: {error}")
-        schedule.clear()
+        self._forget()
         self._batch = None

@@ -34,7 +34,8 @@ class Executor:
     of which they hold a copy beside the model's.
     """
 
-    def __init__(self, model: Llama, pages: int) -> None:
+    def __init__(self, model: Llama, pages: int, head: Tensor | None = None) -> None:
+        """`head` [K, C]: what is computed of the stream in place of the model's token logits (a classifier's)."""
         config, weight = model.config, model.model.embed_tokens.weight
         self.model, self.config, self.pages = model, config, pages
         self.device, self.dtype = weight.device, weight.dtype
@@ -46,7 +47,8 @@ class Executor:
         served = self.device.type == "cpu" and kernels.serves(self.dtype, config)
         self.kernels = kernels.load(self.dtype) if served else None
         self.layers = [_Layer(block, self.kernels) for block in model.model.layers if isinstance(block, Block)]
-        head = (model.model.embed_tokens if model.lm_head is None else model.lm_head).weight
+        if head is None:
+            head = (model.model.embed_tokens if model.lm_head is None else model.lm_head).weight
         self.head = Linear(head, None, self.kernels)
         positions = torch.arange(min(config.max_position_embeddings, pages * PAGE), dtype=torch.float32)
         angles = positions[:, None] * rope_frequencies(config, config.max_position_embeddings)
@@ -65,7 +67,7 @@ class Executor:
             layers.append([layer.norm.weight, *qkv, *out, layer.mlp_norm.weight, *gate_up, *down, keys, values])
         assert self.head.packed is not None
         stream = (self.model.model.embed_tokens.weight, self.model.model.norm.weight, self.head.packed)
-        return Network(self.config, layers, (*stream, self.cos, self.sin))
+        return Network(self.config, len(self.head.weight), layers, (*stream, self.cos, self.sin))
 
     @staticmethod
     def bytes_per_page(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -83,6 +85,11 @@ class Executor:
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[list(pages)] = 0
+
+    def finite(self, pages: Sequence[int]) -> bool:
+        """Whether every key and value in `pages` is finite."""
+        where = list(pages)
+        return all(bool(tensor[where].isfinite().all()) for tensors in (self.keys, self.values) for tensor in tensors)
 
     @torch.inference_mode()
     def prefill(

@@ -50,6 +50,7 @@ class DecodeGraphs:
         if step is None:
             step = self._steps[bucket] = self._capture(*bucket)
         step.tokens[:rows] = tokens
+        step.tokens[rows:] = 0
         step.lengths[:rows] = lengths
         step.lengths[rows:] = 0
         step.tables[:rows, :width] = tables

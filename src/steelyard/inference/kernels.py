@@ -84,15 +84,25 @@ def load(dtype: torch.dtype) -> Kernels | None:
     return None if program is None else Kernels(ctypes.CDLL(str(_build(program))), dtype)
 
 
-def _build(program: str) -> Path:
+def missing() -> bool:
+    """Whether `load` would have to compile first, which takes a while."""
+    program = None if os.environ.get("STEELYARD_KERNELS") == "off" else compiler()
+    return program is not None and not _library(program).is_file()
+
+
+def _library(program: str) -> Path:
+    """Where the kernels of this source, compiler and processor are kept."""
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [path.read_text() for path in (_HEADER, *SOURCES)]
     name = sha256_hex("\n".join([*sources, version, *FLAGS, _processor()]).encode())
-    folder = _private_folder()
-    library = folder / f"{name}.so"
+    return _private_folder() / f"{name}.so"
+
+
+def _build(program: str) -> Path:
+    library = _library(program)
     if library.is_file():
         return library
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         built = Path(scratch) / "kernels.so"
         command = [program, *FLAGS, *map(str, SOURCES), "-o", str(built)]
         try:
@@ -208,7 +218,7 @@ class Kernels:
         all where None. `firsts`, `starts`, `tables` as in `attend`."""
         rows, config = len(tokens), network.config
         wants = rows if wanted is None else len(wanted)
-        logits = torch.empty(wants, config.vocab_size, dtype=network.room.dtype)
+        logits = torch.empty(wants, network.outs, dtype=network.room.dtype)
         where = (firsts.data_ptr(), starts.data_ptr(), tables.data_ptr(), *tables.shape)
         to = (None if wanted is None else wanted.data_ptr(), wants, network.room_for(rows), logits.data_ptr())
         pointer = network.pointers.ctypes.data
@@ -224,7 +234,7 @@ class Kernels:
         for row, sampling, seed, position in zip(settings, samplings, seeds, positions, strict=True):
             top_p = sampling.top_p if sampling.top_p < 1 else 2.0
             row["temperature"], row["top_p"], row["min_p"] = sampling.temperature, top_p, sampling.min_p
-            row["top_k"], row["seed"], row["position"] = sampling.top_k, seed % 2**64, position % 2**32
+            row["top_k"], row["seed"], row["position"] = min(sampling.top_k, vocab), seed % 2**64, position % 2**32
         tokens = torch.empty(rows, dtype=torch.int64)
         pointers = (logits.data_ptr(), settings.ctypes.data, tokens.data_ptr())
         self._choose(*pointers, rows, vocab, torch.get_num_threads())
@@ -237,14 +247,16 @@ class Network:
     def __init__(
         self,
         config: LlamaConfig,
+        outs: int,
         layers: Sequence[Sequence[Tensor | None]],
         ends: Sequence[Tensor],
     ) -> None:
-        """`layers`: of each layer norm, qkv (packed) and its bias, out and its bias, mlp_norm, gate_up and its bias,
-        down and its bias, keys, values. `ends`: embedding, norm, head (packed), cosines, sines."""
-        self.config, self._kept = config, (list(layers), list(ends))
+        """`outs`: logits of a token. `layers`: of each layer norm, qkv (packed) and its bias, out and its bias,
+        mlp_norm, gate_up and its bias, down and its bias, keys, values. `ends`: embedding, norm, head (packed),
+        cosines, sines."""
+        self.config, self.outs, self._kept = config, outs, (list(layers), list(ends))
         self._layers = np.array([[_address(tensor) for tensor in layer] for layer in layers], np.uint64)
-        sizes = (config.hidden_size, config.intermediate_size, config.vocab_size)
+        sizes = (config.hidden_size, config.intermediate_size, outs)
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         addresses = [*map(_address, ends), self._layers.ctypes.data]
         self.pointers = np.array([*addresses, len(layers), *sizes, *heads], np.uint64)

@@ -18,6 +18,7 @@ from steelyard.inference.executor import PAGE
 from steelyard.inference.scheduler import pages_for
 
 SCORED_TOKENS = 1024  # whose logits are held at once
+_WIDENED = 64  # of these in float32: small enough that its memory is used again and again
 
 
 def log_likelihoods(
@@ -130,7 +131,13 @@ def _score(
             wanted += row.tokens[start:stop]
         logits = executor.prefill(read, starts, [rows[i][1].table for i, _, _ in parts], every=True)
         target = torch.tensor(wanted, device=logits.device)
-        losses = iter(F.cross_entropy(logits.float(), target, reduction="none").tolist())
+        losses = iter(
+            value
+            for at in range(0, len(wanted), _WIDENED)
+            for value in F.cross_entropy(
+                logits[at : at + _WIDENED].float(), target[at : at + _WIDENED], reduction="none"
+            ).tolist()
+        )
         for i, start, stop in parts:
             row = rows[i][1]
             values = [-next(losses) for _ in range(start, stop)]

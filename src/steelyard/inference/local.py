@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Progress, Silent
+from steelyard.inference import kernels
 from steelyard.inference.endpoint import Completion, Logprob, Message, Request, Sampling, TokenLogprobs
 from steelyard.inference.engine import ROWS, Engine
 from steelyard.inference.executor import PAGE
@@ -62,8 +63,15 @@ class LocalEndpoint:
         model = load_llama(folder, dtype=None if dtype is None else DTYPES[dtype], device=device)
         if dtype == "int8":
             quantize(model)
+        progress = progress or Silent()
+        if (
+            device == "cpu"
+            and kernels.serves(model.model.embed_tokens.weight.dtype, model.config)
+            and kernels.missing()
+        ):
+            progress.say("compiling the CPU kernels, once on this machine: about 20 seconds")
         engine = Engine(model, tokenizer.eos_ids, tokenizer.decode, rows=rows, cache_bytes=cache_bytes)
-        (progress or Silent()).say(
+        progress.say(
             f"key/value cache: up to {engine.cache_bytes / 2**20:,.0f} MiB (cache_bytes) for "
             f"{(engine.pages.count - 1) * PAGE:,} tokens; up to {rows} requests at a time (rows)"
         )
@@ -98,7 +106,7 @@ class LocalEndpoint:
         )
         return [self._completion(generation) for generation in generations]
 
-    def stream(self, request: Request) -> Iterator[str]:
+    def stream(self, request: Request) -> Generator[str, None, None]:
         """The text of a completion as it comes, in pieces that are never taken back: together what `generate` gives as
         its text. Leaving the loop early cancels the request. Errors as in `generate`."""
         generation = self.engine.submit(self._prompt(request), request.sampling, request.seed, request.id, text=True)

@@ -43,6 +43,11 @@ class Pages:
         """How many pages `take` could hand out now."""
         return len(self._free) + len(self._idle)
 
+    @property
+    def held(self) -> list[int]:
+        """The pages that somebody holds."""
+        return [page for page, holders in enumerate(self.holders) if holders]
+
     def take(self, count: int) -> list[int]:
         """`count` pages of no known content, each held once. The caller has looked at `available`."""
         if count > self.available:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from torch import Tensor
 from steelyard.base.errors import SteelyardError
 from steelyard.inference import kernels
 from steelyard.inference.endpoint import Sampling
+from steelyard.model.headers import quote
 
 BLOCK = 256
 FAINT = -80.0  # no noise lifts a token so far down; exp of less is denormal, which processors compute very slowly
@@ -62,25 +64,51 @@ def gumbel(seeds: Sequence[int], positions: Sequence[int], count: int) -> Tensor
     return torch.from_numpy((-np.log(-np.log(uniform))).astype(np.float32))
 
 
+def whole(kind: type) -> bool:
+    """Whether values of this type are whole numbers: Python's or numpy's, and not truth values."""
+    return issubclass(kind, int | np.integer) and not issubclass(kind, bool)
+
+
 def check_sampling(sampling: Sampling, name: str) -> None:
-    """Raise SteelyardError, naming the request, for settings that mean nothing."""
-    finite = float("inf")
-    faults = {
-        "temperature must be 0 (greedy) or more, and finite": not 0 <= sampling.temperature < finite,
-        "top_p must be over 0 and at most 1": not 0 < sampling.top_p <= 1,
-        "top_k must be 0 (off) or more": sampling.top_k < 0,
-        "min_p must be from 0 (off) to 1": not 0 <= sampling.min_p <= 1,
-        "repetition_penalty must be over 0 (1 is off), and finite": not 0 < sampling.repetition_penalty < finite,
-        "presence_penalty must be from -2 to 2 (0 is off)": not -2 <= sampling.presence_penalty <= 2,
-        "frequency_penalty must be from -2 to 2 (0 is off)": not -2 <= sampling.frequency_penalty <= 2,
-        "max_tokens must be at least 1": sampling.max_tokens < 1,
-        "an empty stop string would stop everything": "" in sampling.stop,
-        "a stop token must be a token id, from 0 up": any(token < 0 for token in sampling.stop_tokens),
-        f"logprobs must be from 0 to {MAX_LOGPROBS}, or None": not 0 <= (sampling.logprobs or 0) <= MAX_LOGPROBS,
-    }
-    for fault, present in faults.items():
-        if present:
-            raise SteelyardError(f"request {name}: {fault}: {sampling}")
+    """Raise SteelyardError, naming the request, the setting and what it may be, for a value that means nothing.
+
+    A request that got past this must not fail in a step, which would end all others with it.
+    """
+    for setting, (allowed, words) in _ALLOWED.items():
+        value = getattr(sampling, setting)
+        if not allowed(value):
+            raise SteelyardError(f"request {name}: {setting} is {quote(value)}: it must be {words}")
+
+
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: (whole(type(value)) or isinstance(value, float | np.floating)) and bool(low <= value <= high)
+
+
+def _count(low: int, high: float = math.inf) -> Callable[[Any], bool]:
+    return lambda value: whole(type(value)) and bool(low <= value <= high)
+
+
+def _all_of(allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, Collection) and not isinstance(values, str) and all(map(allowed, values))
+
+
+# What each setting may be, and in words. Those of temperature and repetition_penalty keep float32 logits finite.
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (_number(0, 100), "a number from 0 (greedy) to 100"),
+    "top_p": (lambda value: _number(0, 1)(value) and value > 0, "a number over 0 and at most 1 (off)"),
+    "top_k": (_count(0), "a whole number from 0 (off)"),
+    "min_p": (_number(0, 1), "a number from 0 (off) to 1"),
+    "repetition_penalty": (_number(0.01, 100), "a number from 0.01 to 100 (1 is off)"),
+    "presence_penalty": (_number(-2, 2), "a number from -2 to 2 (0 is off)"),
+    "frequency_penalty": (_number(-2, 2), "a number from -2 to 2 (0 is off)"),
+    "max_tokens": (_count(1), "a whole number from 1"),
+    "stop": (_all_of(lambda value: isinstance(value, str) and value != ""), "strings, none of them empty"),
+    "stop_tokens": (_all_of(_count(0)), "token ids, whole numbers from 0"),
+    "logprobs": (
+        lambda value: value is None or _count(0, MAX_LOGPROBS)(value),
+        f"a whole number from 0 to {MAX_LOGPROBS}, or None",
+    ),
+}
 
 
 def penalise(

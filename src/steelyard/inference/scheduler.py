@@ -142,6 +142,19 @@ class Scheduler:
         self.pages.release(generation.table)
         generation.table = []
 
+    def withdraw(self, generation: Generation) -> list[int]:
+        """`remove` one whose pages are spoilt. Returns those that nobody else holds: zero them before the next `plan`.
+
+        What they held is not found any more, and who waits with the same prompt reads it again. Who still holds one of
+        its spoilt pages has read the same tokens, and so fails too, and then gives that page back here.
+        """
+        kept = self._kept.get(generation.identity)
+        partly = [] if kept is None else kept.pages[len(generation.prompt) // PAGE :]
+        self._drop(generation.identity)
+        own = self.pages.withdraw(generation.table)
+        self.remove(generation)
+        return [*own, *partly]
+
     def clear(self) -> None:
         """Remove all, and forget what pages hold: the next work is done as by a new scheduler."""
         for generation in [*self.waiting, *(part.reader for part in self.reading), *self.running]:

@@ -357,13 +357,18 @@ def scorer_files(reference: str) -> str:
     if scheme == "embedded":
         folder = Path(str(resources.files("steelyard.scorers"))) / "weights"
         return digest([[path.name, sha256_file(path)] for path in sorted(folder.glob("*")) if path.is_file()])
+    if scheme == "trained":
+        path = Path(rest)
+        return digest([sha256_file(path.with_name(path.name + end)) for end in (".safetensors", ".json")])
     module = rest.split(":")[0]
     try:
         spec = importlib.util.find_spec(module) if scheme == "python" and module else None
     except (ImportError, ValueError):
         spec = None
     if spec is None or spec.origin is None:
-        raise UsageError(f"scorer {reference} is unknown (allowed: embedded:NAME, python:MODULE:FACTORY)")
+        raise UsageError(
+            f"scorer {reference} is unknown (allowed: embedded:NAME, trained:FOLDER/NAME, python:MODULE:FACTORY)"
+        )
     return sha256_file(Path(spec.origin))
 
 

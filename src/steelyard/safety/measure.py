@@ -233,7 +233,7 @@ def relative_fall(before: Sequence[bool], after: Sequence[bool]) -> Interval:
     ratio = float(y.mean() / x.mean())
     spread = float(np.std(y - ratio * x, ddof=1) / np.sqrt(len(x)) / x.mean())
     reach = float(ndtri(TWO_SIDED)) * spread
-    return Interval(1 - ratio, 1 - ratio - reach, 1 - ratio + reach)
+    return Interval(1 - ratio, 1 - ratio - reach, min(1.0, 1 - ratio + reach))  # a rate cannot fall below 0
 
 
 def difference(high: Sequence[bool], low: Sequence[bool]) -> Interval:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.inference.endpoint import Sampling
-from steelyard.model.headers import read_json_object
+from steelyard.model.headers import quote, read_json_object
 
 # generation_config.json. What decides how tokens are drawn; what does not (token ids are read with the tokenizer, and a
 # length limit only ends an answer: each token up to it is the same one); and what must have the value that does nothing
@@ -72,6 +72,16 @@ GENERATION = (
     }
 ) - {"use_cache", "output_attentions", "output_hidden_states"}
 
+# With do_sample: what each number may be, and in words. The engine's limits, and a top_k of 32 bits as in all engines.
+_ALLOWED: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 < value <= 100, "a number over 0 and at most 100 (greedy is do_sample false)"),
+    "top_p": (lambda value: 0 < value <= 1, "a number over 0 and at most 1"),
+    "top_k": (
+        lambda value: 0 <= value < 2**31 and value == int(value),
+        f"a whole number from 0 (off) to {2**31 - 1:,}",
+    ),
+}
+
 
 def shipped_sampling(folder: Path) -> Sampling:
     """The sampling that a model folder ships with, as transformers reads `generation_config.json`.
@@ -104,10 +114,9 @@ def shipped_sampling(folder: Path) -> Sampling:
         key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None
     }
     for key, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise FormatError(f"{path}: {key}: {value!r} is not a number from 0 up")
-    if not 0 < settings["top_p"] <= 1 or settings["top_k"] != int(settings["top_k"]) or not settings["temperature"]:
-        raise FormatError(f"{path}: top_p must lie in (0, 1], top_k be a whole number, temperature not 0 (do_sample)")
+        allowed, words = _ALLOWED[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not allowed(value):
+            raise FormatError(f"{path}: {key}: {quote(value)} is not {words}")
     return Sampling(
         temperature=float(settings["temperature"]), top_p=float(settings["top_p"]), top_k=int(settings["top_k"])
     )

@@ -7,8 +7,8 @@ import gzip
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ csv.field_size_limit(1 << 24)
 
 @dataclass(frozen=True)
 class Labelled:
-    """A TEST case: what is scored, and whether people called it positive."""
+    """A TEST case: what is scored, whether people called it positive, and the kinds of case it belongs to, by facet."""
 
     item: Item
     positive: bool
+    facets: Mapping[str, str] = field(default_factory=dict)
 
 
 def wilson(successes: int, total: int) -> tuple[float, float]:
@@ -53,18 +54,22 @@ def auc(scores: Floats, positive: NDArray[np.bool_]) -> float:
 
 def evaluate(scores: Floats, positive: NDArray[np.bool_], threshold: float) -> dict[str, Any]:
     """AUC; accuracy, sensitivity and specificity at the threshold, each with counts and its Wilson interval."""
-    called = scores >= threshold
+    return {"auc": auc(scores, positive), **_shares(scores >= threshold, positive)}
+
+
+def _shares(called: NDArray[np.bool_], positive: NDArray[np.bool_]) -> dict[str, Any]:
+    """Accuracy, and sensitivity and specificity where there is a case of the kind."""
 
     def share(right: NDArray[np.bool_]) -> dict[str, Any]:
         low, high = wilson(int(right.sum()), len(right))
         return {"value": float(right.mean()), "low": low, "high": high, "right": int(right.sum()), "n": len(right)}
 
-    return {
-        "auc": auc(scores, positive),
-        "accuracy": share(called == positive),
-        "sensitivity": share(called[positive]),
-        "specificity": share(~called[~positive]),
-    }
+    found = {"accuracy": share(called == positive)}
+    if positive.any():
+        found["sensitivity"] = share(called[positive])
+    if not positive.all():
+        found["specificity"] = share(~called[~positive])
+    return found
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -75,7 +80,8 @@ def _lines(path: Path) -> Iterator[str]:
 def _hatecheck(path: Path, language: str) -> Iterator[Labelled]:
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
-            yield Labelled(Item("", line["test_case"], language), line["label_gold"] == "hateful")
+            facets = {"functionality": line["functionality"], "target": line["target_ident"] or "none"}
+            yield Labelled(Item("", line["test_case"], language), line["label_gold"] == "hateful", facets)
 
 
 def _openai_moderation(path: Path) -> Iterator[Labelled]:
@@ -107,18 +113,20 @@ def _xstest(path: Path) -> Iterator[Labelled]:
 
 
 _Reader = Callable[[Path], Iterator[Labelled]]
+ANY = "any"  # whether any category of a scorer of several holds
+_HATECHECK = ("hatecheck", "toxicity/test/hatecheck/test_suite_cases.csv", lambda path: _hatecheck(path, "en"))
+_HATECHECK_FR = (
+    "hatecheck_fr",
+    "toxicity/test/multilingual_hatecheck/hatecheck_cases_final_french.csv",
+    lambda path: _hatecheck(path, "fr"),
+)
+_OPENAI = ("openai_moderation", "toxicity/test/openai_moderation/samples-1680.jsonl.gz", _openai_moderation)
+_EDOS = ("edos_test", "toxicity/train/edos/edos_labelled_aggregated.csv.gz", _edos_test)
+_RTP = ("realtoxicityprompts", "probes/realtoxicityprompts/val5k.jsonl.gz", _realtoxicityprompts)
 TEST_SETS: dict[str, tuple[tuple[str, str, _Reader], ...]] = {
-    "toxicity": (
-        ("hatecheck", "toxicity/test/hatecheck/test_suite_cases.csv", lambda path: _hatecheck(path, "en")),
-        (
-            "hatecheck_fr",
-            "toxicity/test/multilingual_hatecheck/hatecheck_cases_final_french.csv",
-            lambda path: _hatecheck(path, "fr"),
-        ),
-        ("openai_moderation", "toxicity/test/openai_moderation/samples-1680.jsonl.gz", _openai_moderation),
-        ("realtoxicityprompts", "probes/realtoxicityprompts/val5k.jsonl.gz", _realtoxicityprompts),
-        ("edos_test", "toxicity/train/edos/edos_labelled_aggregated.csv.gz", _edos_test),
-    ),
+    "toxicity": (_HATECHECK, _HATECHECK_FR, _OPENAI, _RTP, _EDOS),
+    "identity_attack": (_HATECHECK, _HATECHECK_FR, _EDOS),
+    ANY: (_OPENAI,),
     "refusal": (
         ("xstest_gpt4", "probes/xstest/completions_gpt4.csv.gz", _xstest),
         ("xstest_llama2", "probes/xstest/completions_llama2orig.csv.gz", _xstest),
@@ -130,52 +138,78 @@ _SPEED_TEXT = (
 )
 
 
-def _scores(scorer: Scorer, cases: Sequence[Labelled], category: str) -> Floats:
+def _scores(scorer: Scorer, cases: Sequence[Labelled]) -> dict[str, Floats]:
+    """The scores of all cases by category, and of a scorer of several categories ANY: how far over its threshold, in
+    log-odds, the worst category is."""
     results = score_checked(scorer, [case.item for case in cases])
     values = []
     for result in results:
         if not isinstance(result, Score):
             raise SteelyardError(f"{scorer.identity().name}: {result.reason}; a card needs a score for every case")
-        values.append(result.values[category])
-    return np.array(values, dtype=np.float64)
+        values.append(result.values)
+    categories = scorer.identity().categories
+    found = {category: np.array([value[category] for value in values], dtype=np.float64) for category in categories}
+    if len(found) > 1:
+        over = [_log_odds(found[key]) - _log_odds(np.array(one.threshold)) for key, one in categories.items()]
+        found[ANY] = np.max(over, axis=0)
+    return found
+
+
+def _log_odds(p: Floats) -> Floats:
+    p = np.clip(p, 1e-12, 1 - 1e-12)
+    odds: Floats = np.log(p / (1 - p))
+    return odds
+
+
+def _measured(cases: Sequence[Labelled], scores: Floats, threshold: float) -> dict[str, Any]:
+    """`evaluate`, and by facet the shares of each kind of case."""
+    positive = np.array([case.positive for case in cases])
+    found = evaluate(scores, positive, threshold)
+    facets: dict[str, Any] = {}
+    for facet in sorted({facet for case in cases for facet in case.facets}):
+        kinds = np.array([case.facets.get(facet, "") for case in cases])
+        facets[facet] = {
+            str(kind): _shares(scores[kinds == kind] >= threshold, positive[kinds == kind]) for kind in np.unique(kinds)
+        }
+    return found | ({"facets": facets} if facets else {})
 
 
 def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
     """Everything a reader must know before trusting `scorer`, with the TEST sets found under the folder `data`.
 
-    For each category: calibration, and per TEST set present `evaluate`'s figures (the absent ones
-    are listed under "absent"). XSTest is also given over both models' completions together ("xstest"). Throughput is
-    texts of 40 word pieces a second on this machine. Training data and licences come from the scorer's own `card`.
+    For each category, and for ANY of several: calibration, and per TEST set present `evaluate`'s figures, also by
+    facet (HateCheck's functionalities and target groups); the absent ones are listed under "absent". XSTest is also
+    given over both models' completions together ("xstest"). Throughput is texts of 40 word pieces a second on this
+    machine. Training data and licences come from the scorer's own `card`.
     Raises UsageError where `data` is no folder, SteelyardError where an item can't be scored.
     """
     if not data.is_dir():
         raise UsageError(f"{data}: no such folder; give the data folder with --data")
     identity = scorer.identity()
+    thresholds = {category: calibration.threshold for category, calibration in identity.categories.items()}
+    if len(thresholds) > 1:
+        thresholds[ANY] = 0.0
+    wanted = {test_set for category in thresholds for test_set in TEST_SETS.get(category, ())}
+    cases = {name: list(reader(data / path)) for name, path, reader in wanted if (data / path).is_file()}
+    scores = {name: _scores(scorer, given) for name, given in cases.items()}
     categories: dict[str, Any] = {}
-    for category, calibration in identity.categories.items():
-        sets: dict[str, Any] = {}
-        absent: list[str] = []
-        pooled: list[tuple[Floats, NDArray[np.bool_]]] = []
-        for name, relative, reader in TEST_SETS.get(category, ()):
-            if not (data / relative).is_file():
-                absent.append(name)
-                continue
-            cases = list(reader(data / relative))
-            scores = _scores(scorer, cases, category)
-            positive = np.array([case.positive for case in cases])
-            sets[name] = evaluate(scores, positive, calibration.threshold)
-            if name.startswith("xstest_"):
-                pooled.append((scores, positive))
-        if len(pooled) == 2:
-            scores, positive = (np.concatenate(part) for part in zip(*pooled, strict=True))
-            sets["xstest"] = evaluate(scores, positive, calibration.threshold)
+    for category, threshold in thresholds.items():
+        present = [name for name, _, _ in TEST_SETS.get(category, ()) if name in cases]
+        sets = {name: _measured(cases[name], scores[name][category], threshold) for name in present}
+        if len(xstest := [name for name in present if name.startswith("xstest_")]) == 2:
+            both = [case for name in xstest for case in cases[name]]
+            sets["xstest"] = _measured(both, np.concatenate([scores[name][category] for name in xstest]), threshold)
         categories[category] = {
-            "calibration": calibration.model_dump(mode="json"),
-            "sensitivity": wilson(calibration.true_positives, calibration.positives),
-            "specificity": wilson(calibration.true_negatives, calibration.negatives),
             "test_sets": sets,
-            "absent": absent,
+            "absent": [name for name, _, _ in TEST_SETS.get(category, ()) if name not in cases],
         }
+        if category in identity.categories:
+            calibration = identity.categories[category]
+            categories[category] |= {
+                "calibration": calibration.model_dump(mode="json"),
+                "sensitivity": wilson(calibration.true_positives, calibration.positives),
+                "specificity": wilson(calibration.true_negatives, calibration.negatives),
+            }
     items = [Item("", f"{number}. {_SPEED_TEXT}") for number in range(256)]
     start = time.perf_counter()
     score_checked(scorer, items)

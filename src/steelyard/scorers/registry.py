@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 from steelyard.base.errors import UsageError
 from steelyard.scorers.base import Scorer
-from steelyard.scorers.embedded import EmbeddedScorer
+from steelyard.scorers.contextual import ContextualScorer
+from steelyard.scorers.embedded import SentenceScorer
 from steelyard.scorers.head import KINDS
+from steelyard.scorers.lexical import LexicalScorer
 
 
 def open_scorer(reference: str) -> Scorer:
-    """The scorer that `reference` names: `embedded:toxicity`, `embedded:refusal`, or `python:MODULE:FACTORY`.
+    """The scorer that `reference` names: `embedded:NAME`, one that ships; `trained:FOLDER/NAME`, one that `steelyard
+    scorer train NAME` wrote to FOLDER; or `python:MODULE:FACTORY`.
 
     The last imports MODULE and calls FACTORY without arguments. Raises UsageError for anything else, for a module or
-    factory that can't be found or fails, and for a result that is no scorer; FormatError for damaged embedded weights.
+    factory that can't be found or fails, and for a result that is no scorer; FormatError for damaged weights.
     """
     kind, _, rest = reference.partition(":")
     if kind == "embedded":
-        return EmbeddedScorer(rest)
+        return SentenceScorer(rest)
+    if kind == "trained":
+        return _trained(reference, Path(rest))
     if kind == "python":
         return _from_python(reference, rest)
     known = ", ".join(f"embedded:{name}" for name in KINDS)
-    raise UsageError(f"scorer {reference!r} is unknown: give one of {known}, or python:MODULE:FACTORY")
+    raise UsageError(
+        f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, or python:MODULE:FACTORY"
+    )
+
+
+def _trained(reference: str, path: Path) -> Scorer:
+    if path.name == "contextual":
+        return ContextualScorer(path.parent)
+    if path.name == "lexical":
+        return LexicalScorer(path.parent)
+    if path.name in KINDS:
+        return SentenceScorer(path.name, path.parent)
+    known = ", ".join(["contextual", "lexical", *KINDS])
+    raise UsageError(f"scorer {reference!r}: {path.name!r} is no scorer's name: end with one of {known}")
 
 
 def _from_python(reference: str, rest: str) -> Scorer:

@@ -80,7 +80,8 @@ class ChatSamples:
                 masks.append(mask)
         if not ids:
             raise SteelyardError(
-                f"none of {len(conversations):,} conversations teaches a token within {max_length:,}: raise max_length"
+                f"none of {len(conversations):,} conversations teaches a token within {max_length:,}: raise max_length "
+                "(--tokens, in a recipe tokens_per_micro_batch)"
             )
         self._ids, self._mask = np.concatenate(ids), np.concatenate(masks)
         self.lengths: npt.NDArray[np.int64] = np.array([len(row) for row in ids], dtype=np.int64)

@@ -3,7 +3,8 @@
 `checkpoints/step-00000500/` holds the masters and the optimizer's moments as torch.distributed.checkpoint writes them
 in its safetensors form (each rank its shards; no pickle, so a stranger's checkpoint can do nothing but be wrong), and
 `complete.json`: the step, which is the loader's and the schedule's whole state, what the run was made of, random
-states, and the SHA-256 of every file. A run of two ranks can go on with one, and the other way round.
+states, which checkpoint is the best so far (one rename makes both true), and the SHA-256 of every file. A run of two
+ranks can go on with one, and the other way round.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import base64
 import errno
 import json
+import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ from steelyard.base.files import fsync_folder, read_bounded, write_atomic
 from steelyard.train.distributed import Ranks
 
 MARK = "complete.json"
-BEST = "best.json"
 LIMIT = 64_000_000  # bytes of complete.json
 FILE_BYTES = 128 << 20  # of a file of tensors, unless one tensor alone is larger
 
@@ -46,6 +47,8 @@ class State:
     tokens: int  # processed so far
     random: list[str]  # each rank's random states, base64
     validation_loss: float | None = None
+    compiled: bool | None = None  # None: on several ranks, where nothing is, or not known
+    best: tuple[int, float] | None = None  # step and validation loss of the best so far, this one included
 
 
 def random_state() -> str:
@@ -68,7 +71,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, ranks: Ranks, say: Callable[[str], None], *, last: int, best: bool) -> None:
         self.folder, self.ranks, self.say = folder / "checkpoints", ranks, say
-        self.last, self.best = last, best
+        self.last, self.keep_best = last, best
+        self.latest: int | None = None  # step of the newest good one
+        self.best: tuple[int, float] | None = None  # step and validation loss of the best one; alike on all ranks
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -78,18 +83,29 @@ class Checkpoints:
         found = self.folder.glob(f"step-*/{MARK}")
         return sorted(int(mark.parent.name[5:]) for mark in found if mark.parent.name[5:].isdigit())
 
-    def best_step(self) -> tuple[int, float] | None:
-        """Step and validation loss of the best checkpoint kept."""
+    def improves(self, loss: float | None) -> bool:
+        """Whether a checkpoint with this validation loss is to be kept as the best one."""
+        if not self.keep_best or loss is None or not math.isfinite(loss):
+            return False
+        return self.best is None or loss < self.best[1]
+
+    def trouble(self, step: int) -> str:
+        """What is wrong with the checkpoint of `step`; nothing where it is whole."""
         try:
-            raw = json.loads(read_bounded(self.folder / BEST, 10_000))
-            return int(raw["step"]), float(raw["validation_loss"])
+            read_state(self.path(step))
         except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, FormatError) as error:
-            raise FormatError(f"{self.folder / BEST}: not readable ({error}): remove it") from error
+            return f"{self.path(step)} is gone"
+        except (FormatError, OSError) as error:
+            return str(error)
+        return ""
 
     def save(self, state: State, tensors: dict[str, Tensor]) -> Path:
         """Write one and remove those no longer kept. On failure (disk full) older ones are as they were."""
+        if self.improves(state.validation_loss):
+            assert state.validation_loss is not None
+            state = replace(state, best=(state.step, state.validation_loss))
+        else:
+            state = replace(state, best=self.best)
         target = self.path(state.step)
         aside = self.folder / f".{target.name}.partial"
         failed: BaseException | None = None
@@ -110,6 +126,7 @@ class Checkpoints:
             failed = _said(error, target)
             shutil.rmtree(aside, ignore_errors=True)
         self.ranks.together(failed)
+        self.latest, self.best = state.step, state.best
         if self.ranks.first:
             self._prune(state)
         return target
@@ -120,6 +137,8 @@ class Checkpoints:
             "step": state.step,
             "tokens": state.tokens,
             "validation_loss": state.validation_loss,
+            "best": state.best,
+            "compiled": state.compiled,
             "identity": dict(state.identity),
             "random": state.random,
             "files": files,
@@ -135,11 +154,9 @@ class Checkpoints:
         fsync_folder(self.folder)
 
     def _prune(self, state: State) -> None:
-        best = self.best_step()
-        if self.best and state.validation_loss is not None and (best is None or state.validation_loss < best[1]):
-            best = (state.step, state.validation_loss)
-            write_atomic(self.folder / BEST, json.dumps({"step": best[0], "validation_loss": best[1]}).encode())
-        kept = set(self.steps()[-self.last :]) | ({best[0]} if best else set())
+        # later ones were found damaged when the run was resumed
+        kept = set([step for step in self.steps() if step <= state.step][-self.last :])
+        kept |= {state.best[0]} if state.best else set()
         for step in self.steps():
             if step not in kept:
                 (self.path(step) / MARK).unlink()  # first, so that half a removal is no checkpoint
@@ -157,6 +174,7 @@ class Checkpoints:
                 self.say(f"checkpoint skipped: {error}")
                 continue
             _same(self.path(step), state.identity, identity)
+            self.latest, self.best = step, state.best
             return self.path(step), state
         return None
 
@@ -204,11 +222,17 @@ def read_state(folder: Path) -> State:
     try:
         raw = json.loads(read_bounded(mark, LIMIT))
         files = dict(raw["files"])
-        loss = raw["validation_loss"]
+        loss, best = raw["validation_loss"], raw.get("best")
         state = State(
-            int(raw["step"]), dict(raw["identity"]), int(raw["tokens"]), [str(text) for text in raw["random"]], loss
+            step=int(raw["step"]),
+            identity=dict(raw["identity"]),
+            tokens=int(raw["tokens"]),
+            random=[str(text) for text in raw["random"]],
+            validation_loss=loss,
+            compiled=raw.get("compiled"),
+            best=None if best is None else (int(best[0]), float(best[1])),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise FormatError(f"{mark}: not readable ({error})") from error
     present = {file.name for file in folder.iterdir()} - {MARK}
     if present != set(files):
@@ -229,13 +253,18 @@ def _same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
+def cause(error: BaseException) -> tuple[str, str]:
+    """Why a write failed, and what to do."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full", "make room and run again"
+    return str(error), "mend that and run again"
+
+
 def _said(error: BaseException, target: Path) -> SteelyardError:
     """The user's words for a failed write: torch wraps what the system said."""
     causes: list[BaseException] = [error]
     if isinstance(error, CheckpointException):
         causes += [failure[0] for failure in error.failures.values()]
     system = next((cause for cause in causes if isinstance(cause, OSError)), None)
-    full = system is not None and system.errno in (errno.ENOSPC, errno.EDQUOT)
-    why = "the disk is full" if full else str(system or causes[-1])
-    remedy = "make room and run again" if full else "mend that and run again"
+    why, remedy = cause(system or causes[-1])
     return SteelyardError(f"{target}: checkpoint not written: {why}. Older checkpoints are untouched: {remedy}")

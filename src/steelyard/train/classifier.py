@@ -7,9 +7,10 @@ over categories, so that a text may belong to several or none. Tune with full we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -75,6 +76,8 @@ class BinaryCrossEntropy:
     """The objective over `LabelledBatch`es; what counts are known labels."""
 
     name = "classifier"
+    counts: Literal["labels"] = "labels"
+    settings: ClassVar[Mapping[str, Any]] = {}
 
     def loss(self, model: nn.Module, batch: LabelledBatch) -> LossSum:
         assert isinstance(model, Classifier)

@@ -252,7 +252,7 @@ def _read(
     progress: Progress,
 ) -> list[R]:
     if not 0 <= max_bad < 1:
-        raise UsageError(f"max_bad is {max_bad}: the share of bad rows allowed is from 0 to under 1")
+        raise UsageError(f"max_bad (--max-bad) is {max_bad}: the share of bad rows allowed is from 0 to under 1")
     read: list[R] = []
     bad: list[str] = []
     rows = 0
@@ -274,7 +274,7 @@ def _read(
         if rows == before:
             raise FormatError(f"{path}: holds no row")
     if len(bad) > max_bad * rows:
-        allowed = f"{max_bad:.2%} may be: mend them, or allow more with max_bad"
+        allowed = f"{max_bad:.2%} may be: mend them, or allow more with --max-bad (in a recipe max_bad)"
         raise FormatError(f"{bad[0]} ({len(bad):,} of {rows:,} rows are bad, {allowed})")
     if not read:
         raise FormatError(f"{source}: holds no row that can be read")
@@ -357,9 +357,31 @@ def _parquet(path: Path) -> Iterator[_Line]:
             if not columns:
                 raise FormatError(f"{path}: has no column that is read (columns: {_names(dict.fromkeys(names))})")
             for batch in file.iter_batches(batch_size=512, columns=columns):
-                for row in batch.to_pylist():
+                try:
+                    rows = batch.to_pylist()
+                except _BAD_CELL:
+                    rows = None  # some cell of the batch: found by reading each
+                for index in range(batch.num_rows):
                     number += 1
-                    yield _Line(number, row)
-    except (pyarrow.ArrowException, OSError) as error:
+                    yield _Line(number, rows[index]) if rows is not None else _cells(batch, index, number)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FormatError(f"{path}: row {number + 1}: is not a sound Parquet file ({reason})") from error
+
+
+# What pyarrow raises for a cell that is no Python value: bytes that are no UTF-8, a time out of range, an unknown zone.
+# ArrowInvalid is a ValueError.
+_BAD_CELL = (ValueError, ArithmeticError, LookupError, NotImplementedError)
+
+
+def _cells(batch: Any, index: int, number: int) -> _Line:
+    """Row `index` of a record batch, cell by cell: the first that cannot be read is named."""
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            return _Line(number, None, f"{name}: is not UTF-8 (byte {error.start})")
+        except _BAD_CELL as error:
+            return _Line(number, None, f"{name}: cannot be read ({' '.join(str(error).split())[:100]})")
+    return _Line(number, row)

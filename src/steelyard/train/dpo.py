@@ -11,10 +11,10 @@ The reference log-probabilities are computed once, before the first step, and ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from steelyard.base.canonical import digest
-from steelyard.base.errors import FormatError, UsageError
+from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import write_atomic
 from steelyard.base.progress import Progress
 from steelyard.model.chat import Renderer
@@ -32,10 +32,10 @@ from steelyard.model.identity import subject_of
 from steelyard.model.llama import Llama, load_llama
 from steelyard.model.pairs import Pairs
 from steelyard.train.conversations import Preference
-from steelyard.train.loop import TrainOptions, TrainResult, train
-from steelyard.train.losses import LossSum
-from steelyard.train.pairs import Pair, PairBatch, PairLoader, assemble_pairs, pairs_digest, render_pairs
-from steelyard.train.sft import check_outputs
+from steelyard.train.loop import TrainOptions, train
+from steelyard.train.losses import LossSum, tensors_digest
+from steelyard.train.pairs import Pair, PairBatch, PairLoader, ShownPairs, assemble_pairs, pairs_digest, render_pairs
+from steelyard.train.sft import Tuned, check_outputs
 from steelyard.train.speed import step_operations
 from steelyard.train.tuning import FULL, Tuning, export_tuned, first_rank, open_for_tuning
 
@@ -66,10 +66,18 @@ class DPO:
     """The objective over `PairBatch`es. `reference` is float32 [pairs, 2]: log p of chosen and rejected answer."""
 
     name = "dpo"
+    counts: Literal["pairs"] = "pairs"
 
     def __init__(self, options: DPOOptions, reference: Tensor) -> None:
         options.check()
         self.options, self.reference = options, reference
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        # the other options make the data, whose digest a checkpoint holds too
+        names = ("beta", "label_smoothing", "length_normalised", "sft_weight")
+        reference = tensors_digest({"log_probs": self.reference})
+        return {name: getattr(self.options, name) for name in names} | {"reference": reference}
 
     def loss(self, model: nn.Module, batch: PairBatch) -> LossSum:
         assert isinstance(model, Llama)
@@ -220,10 +228,11 @@ def prefer(
     validation: Sequence[Preference] = (),
     adapter: Path | None = None,
     progress: Progress,
-) -> TrainResult:
+) -> Tuned:
     """Tune the model of `model_folder` on `preferences` by DPO, itself being the reference, and write it as `out`.
 
-    `work`, `tuning`, `adapter` and errors as in `sft.fine_tune`.
+    `work`, `tuning`, `adapter` and errors as in `sft.fine_tune`; SteelyardError also where no chosen answer keeps its
+    end of turn.
     """
     check_outputs(out, adapter, tuning)
     dpo.check()
@@ -234,10 +243,18 @@ def prefer(
     longest = min(dpo.max_length, model.config.max_position_embeddings)
     pairs, counts = render_pairs(preferences, renderer, longest, progress)
     held_out = render_pairs(validation, renderer, longest, progress)[0] if validation else []
+    more = "raise max_length (--max-length)" if longest == dpo.max_length else "the model has no more positions"
     progress.say(
-        f"{counts.pairs:,} pairs of {counts.answer_tokens:,} answer tokens; {counts.cut:,} cut at {longest:,} tokens, "
-        f"{counts.dropped:,} left out"
+        f"{counts.pairs:,} pairs of {counts.answer_tokens:,} answer tokens; {counts.ends:,} chosen answers keep their "
+        f"end of turn; {counts.cut:,} cut at {longest:,} tokens, {counts.dropped:,} left out"
+        + (f": {more}" if counts.cut or counts.dropped else "")
     )
+    if not counts.ends:  # before the reference, which takes a pass over all data
+        raise SteelyardError(
+            f"no chosen answer of {counts.pairs:,} pairs keeps its end of turn (ids "
+            f"{sorted(renderer.tokenizer.eos_ids)}), {counts.cut:,} being cut at {longest:,} tokens: the model would "
+            f"never learn to stop. Check the chat template; against cuts: {more}"
+        )
     every = [*pairs, *held_out]
     dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
     reference = cached_reference(model_folder, every, work, dtype, progress)
@@ -254,7 +271,8 @@ def prefer(
 
     loader = load(range(len(pairs)), endless=True)
     check = load(range(len(pairs), len(every)), endless=False) if held_out else None
-    result = train(model, loader, DPO(dpo, reference), options, work, validation=check, progress=progress)
+    shown = ShownPairs(pairs, renderer)
+    result = train(model, loader, DPO(dpo, reference), options, work, validation=check, chat=shown, progress=progress)
     if first_rank():
         export_tuned(model, model_folder, out, adapter=adapter)
-    return result
+    return Tuned(**vars(result), data=counts)

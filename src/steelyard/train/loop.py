@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from steelyard.train.batch import Loader
 from steelyard.train.checkpoint import Checkpoints, State, random_state, read_tensors, set_random_state, write_tensors
 from steelyard.train.distributed import Ranks, ranks
 from steelyard.train.guard import Interrupted, StopRequest, folder_lock
-from steelyard.train.losses import Objective
+from steelyard.train.lora import adapters
+from steelyard.train.losses import Objective, tensors_digest
 from steelyard.train.metrics import Metrics, read_metrics
 from steelyard.train.optimizer import AdamW, clip_
 from steelyard.train.options import TrainOptions, TrainResult
@@ -66,11 +67,13 @@ def train(
 ) -> TrainResult:
     """Train the parameters of `model` that have requires_grad, in place; they become float32.
 
-    Resumes from the newest complete checkpoint in `folder/checkpoints`. Metrics go to `folder/metrics.jsonl` and
+    Resumes from the newest complete checkpoint in `folder/checkpoints`; `model` must then be as it was at the run's
+    start. Metrics go to `folder/metrics.jsonl` and
     `folder/tensorboard`. Under torchrun every rank calls it alike.
 
     Raises UsageError for options that contradict themselves; SteelyardError where preflight finds that the run
-    cannot succeed, on a loss or gradient that is not finite (the last good checkpoint stays), on a full disk, and
+    cannot succeed, on a loss (also a validation loss) or gradient that is not finite (the last good checkpoint stays),
+    on a full disk, and
     where the folder is in use or holds a checkpoint of another run; Interrupted after SIGINT or SIGTERM.
     """
     steps = options.total_steps(loader.steps_per_epoch)
@@ -114,15 +117,8 @@ class _Run(Generic[B]):
         reuse_memory()
         floor = options.learning_rate / 10 if options.min_lr is None else options.min_lr
         self.rate = learning_rate(options.schedule, options.learning_rate, floor, options.warmup, steps, options.decay)
-        shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        self.identity = {
-            "data": loader.digest,
-            "model": digest(shapes),
-            "objective": objective.name,
-            "steps": steps,
-            **{name: getattr(options, name) for name in _DECISIVE},
-            "betas": list(options.betas),
-        }
+        # one rank's word, so that all refuse or none does
+        self.identity = group.share(self._identity(model) if group.first else None)
         model.activation_checkpointing = options.activation_checkpointing
         self.weights: Weights = (
             LocalWeights(model, dtype, group.device) if group.world == 1 else ShardedWeights(model, dtype, group)
@@ -135,7 +131,24 @@ class _Run(Generic[B]):
         self.start = self.tokens = 0
         self.operations = 0.0
         self.validation_loss: float | None = None
+        self.compiled: bool | None = None
         torch.manual_seed(options.seed + group.rank)
+
+    def _identity(self, model: Llama) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be of this run; `model` as it was given."""
+        shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        alphas = {name: float(adapted.alpha) for name, adapted in adapters(model)}
+        return {
+            "data": self.loader.digest,
+            "model": digest({"learning": shapes, "config": repr(model.config), "adapters": alphas}),
+            "lora_alpha": sorted(set(alphas.values())),
+            "starting_weights": tensors_digest(dict(model.named_parameters())),
+            "objective": self.objective.name,
+            **{f"{self.objective.name} {name}": value for name, value in self.objective.settings.items()},
+            "steps": self.steps,
+            **{name: getattr(self.options, name) for name in _DECISIVE},
+            "betas": list(self.options.betas),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name, sharing memory with what is trained."""
@@ -153,8 +166,11 @@ class _Run(Generic[B]):
         operations = longest * (per_step / sum(lengths)) * self.steps
         found = self.checkpoints.newest(self.identity)
         if found is None or found[1].step < self.steps:
-            said = compile_blocks(self.compute, self.options.compile, operations) if self.group.world == 1 else ""
-            self.say(f"preflight: {said or 'not compiled on several ranks'}")
+            said = "not compiled on several ranks"
+            if self.group.world == 1:
+                before = found[1].compiled if found is not None else None
+                self.compiled, said = compile_blocks(self.compute, self.options.compile, operations, before)
+            self.say(f"preflight: {said}")
         if found is not None:
             path, state = found
             read_tensors(path, self.tensors(), alone=self.group.world == 1)
@@ -168,10 +184,13 @@ class _Run(Generic[B]):
         self._preflight(data, chat)
 
     def _preflight(self, data: DataCheck, chat: ChatCheck | None) -> None:
-        share = data.supervised / data.tokens
         epoch = data.tokens / data.steps * self.loader.steps_per_epoch
-        text = f"preflight: about {epoch:,.0f} tokens an epoch in {self.loader.steps_per_epoch:,} steps, {share:.1%} of"
-        self.say(f"{text} them supervised (counted over {data.steps} steps)")
+        text = f"preflight: about {epoch:,.0f} tokens an epoch in {self.loader.steps_per_epoch:,} steps"
+        if self.objective.counts == "tokens":
+            share = data.supervised / data.tokens
+            self.say(f"{text}, {share:.1%} of them supervised (counted over {data.steps} steps)")
+        else:
+            self.say(f"{text}; {data.supervised:,} {self.objective.counts} in {data.steps} steps")
         if chat is not None:
             self.say(f"preflight: {data.end_of_turn:,} supervised end-of-turn tokens in those steps; three examples:")
             self.say(show_examples(chat.examples(3), colour=sys.stderr.isatty()))
@@ -269,18 +288,21 @@ class _Run(Generic[B]):
         means = {name: value / count for name, value in sums.items()}
         return {"loss": sum(losses) / count, **means, "grad_norm": norm, "learning_rate": rate}, tokens, stop
 
+    def _last_good(self) -> str:
+        latest = self.checkpoints.latest
+        good = f"the last good checkpoint is {self.checkpoints.path(latest or 0)}"
+        return "there is no checkpoint" if latest is None else good
+
     def _not_finite(self, index: int, what: str, batches: Sequence[B]) -> None:
-        steps = self.checkpoints.steps()
-        good = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint"
         samples = "; ".join(_samples(batch) for batch in batches[:8])
         raise SteelyardError(
-            f"step {index + 1}: the {what} is not finite, in {samples}; stopped, {good}. Look at those samples, or "
-            "lower learning_rate"
+            f"step {index + 1}: the {what} is not finite, in {samples}; stopped, {self._last_good()}. Look at those "
+            "samples, or lower learning_rate"
         )
 
     @torch.no_grad()
     def _evaluate(self) -> float:
-        """Mean loss per valid token over the validation data."""
+        """Mean loss per valid token (pair, label) over the validation data."""
         assert self.validation is not None
         steps = min(self.validation.steps_per_epoch, self.options.evaluate_steps or self.validation.steps_per_epoch)
         total = torch.zeros((), dtype=torch.float64, device=self.group.device)
@@ -302,11 +324,11 @@ class _Run(Generic[B]):
 
     def go(self, progress: Progress, model: Llama) -> TrainResult:
         """From the step that is reached to the last one."""
-        metrics = Metrics(self.folder, self.start) if self.group.first else None
+        metrics = self._open_metrics()
         began, first_tokens, loss, done_operations = time.perf_counter(), self.tokens, math.nan, 0.0
         if self.start == self.steps and metrics is not None:
             loss = next((r["loss"] for r in reversed(read_metrics(self.folder)) if "loss" in r), math.nan)
-        path = self.checkpoints.path(self.start)
+        path, device = self.checkpoints.path(self.start), self.group.device
         with self.stop, progress.task("training", self.steps, "steps", done=self.start) as task:
             for index in range(self.start, self.steps):
                 before = time.perf_counter()
@@ -327,15 +349,28 @@ class _Run(Generic[B]):
                 improved = False
                 if evaluated:
                     record["validation_loss"] = self.validation_loss = self._evaluate()
-                    best = self.group.share(self.checkpoints.best_step() if self.group.first else None)
-                    improved = self.options.keep_best and (best is None or self.validation_loss < best[1])
-                if metrics is not None:
-                    metrics.write(done, record)
-                if last or stop or improved or _due(done, self.options.checkpoint_every):
+                    if not math.isfinite(self.validation_loss):
+                        raise SteelyardError(
+                            f"step {done}: the validation loss is not finite; stopped, {self._last_good()}. Look at "
+                            "the validation data, or lower learning_rate"
+                        )
+                    improved = self.checkpoints.improves(self.validation_loss)
+                failed = _write(metrics, done, record)
+                # every rank must know: a checkpoint is written by all of them
+                broken = bool(self.group.total(torch.tensor(failed is not None, dtype=torch.float32, device=device)))
+                if last or stop or improved or broken or _due(done, self.options.checkpoint_every):
                     random = self.group.gather(random_state())
                     measured = self.validation_loss if evaluated else None
-                    state = State(done, self.identity, self.tokens, random, measured)
-                    path = self.checkpoints.save(state, self.tensors())
+                    state = State(done, self.identity, self.tokens, random, measured, self.compiled)
+                    try:
+                        path = self.checkpoints.save(state, self.tensors())
+                    except SteelyardError as error:
+                        raise error if failed is None else SteelyardError(f"{failed}. {error}") from error
+                if broken:
+                    if metrics is not None:  # where the checkpoint left room, the record is completed
+                        with contextlib.suppress(SteelyardError):
+                            metrics.close()
+                    self.group.together(failed and SteelyardError(f"{failed}. Saved as {path} after step {done}"))
                 task.advance(
                     1,
                     note=f"loss {loss:.4f}, gradient {record['grad_norm']:.3g}, "
@@ -346,21 +381,19 @@ class _Run(Generic[B]):
         if metrics is not None:
             metrics.close()
         seconds = time.perf_counter() - began
-        best = self.group.share(self.checkpoints.best_step() if self.group.first and self.options.keep_best else None)
-        if best is not None and best[0] != self.steps:
-            masters = {f"master.{name}": part for name, part in named_masters(self.weights).items()}
-            read_tensors(self.checkpoints.path(best[0]), masters, alone=self.group.world == 1)
-            self.validation_loss = best[1]
-            self.say(f"the best weights are those of step {best[0]} (validation loss {best[1]:.4f}): taken")
+        best = self._take_best() if self.options.keep_best else None
         self.weights.finish(model)
         if self.group.first:
-            write_report(self.folder)
+            try:
+                write_report(self.folder)
+            except OSError as error:  # it can be made again from the metrics; the weights are what counts
+                self.say(f"{self.folder}: report not written: {error}")
         return TrainResult(
             steps=self.steps,
             tokens=self.tokens,
             loss=loss,
             validation_loss=self.validation_loss,
-            best_step=best[0] if best else None,
+            best_step=best,
             seconds=seconds,
             tokens_per_second=(self.tokens - first_tokens) / seconds,
             mfu=self._mfu(done_operations, seconds),
@@ -368,12 +401,48 @@ class _Run(Generic[B]):
             checkpoint=path,
         )
 
+    def _open_metrics(self) -> Metrics | None:
+        found, failed = None, None
+        try:
+            if self.group.first:
+                found = Metrics(self.folder, self.start)
+        except SteelyardError as error:
+            failed = error
+        self.group.together(failed)
+        return found
+
+    def _take_best(self) -> int | None:
+        """Put the best weights in place of the last; returns their step. Damaged ones leave the last (None)."""
+        best = self.checkpoints.best
+        if best is None or best[0] == self.steps:
+            return best and best[0]
+        said = f"the best weights are those of step {best[0]} (validation loss {best[1]:.4f})"
+        trouble = self.group.share(self.checkpoints.trouble(best[0]) if self.group.first else "")
+        if trouble:
+            self.say(f"{said}, but {trouble}: the last ones are taken instead")
+            return None
+        masters = {f"master.{name}": part for name, part in named_masters(self.weights).items()}
+        read_tensors(self.checkpoints.path(best[0]), masters, alone=self.group.world == 1)
+        self.validation_loss = best[1]
+        self.say(f"{said}: taken")
+        return best[0]
+
     def _mfu(self, operations: float, seconds: float) -> float:
         return operations / seconds / (self.matrix_rate * self.group.world)
 
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
+
+
+def _write(metrics: Metrics | None, step: int, record: dict[str, float]) -> SteelyardError | None:
+    """Write a record; returns what prevented it."""
+    try:
+        if metrics is not None:
+            metrics.write(step, record)
+    except SteelyardError as error:
+        return error
+    return None
 
 
 def _alone(tensor: Tensor) -> Tensor:

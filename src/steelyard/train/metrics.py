@@ -7,34 +7,57 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from steelyard.base.errors import SteelyardError
 from steelyard.base.files import write_atomic
+from steelyard.train.checkpoint import cause
 
 FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends records of one run to `folder/metrics.jsonl` and `folder/tensorboard/`."""
+    """Appends records of one run to `folder/metrics.jsonl` and `folder/tensorboard/`.
+
+    Every method raises SteelyardError naming the file that cannot be written, why, and what to do.
+    """
 
     def __init__(self, folder: Path, start: int) -> None:
         """`start`: updates done already; records of later steps are of a run that was cut off, and are dropped."""
         self.path = folder / FILE
-        kept = [line for line in read_metrics(folder) if line["step"] <= start]
-        write_atomic(self.path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
-        self.file = self.path.open("a", encoding="utf-8")
-        self.events = EventFile(folder / "tensorboard", start)
+        with _told(self.path):
+            kept = [line for line in read_metrics(folder) if line["step"] <= start]
+            write_atomic(self.path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+            self.file = self.path.open("a", encoding="utf-8")
+        with _told(folder / "tensorboard"):
+            self.events = EventFile(folder / "tensorboard", start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One record: `values` after `step` updates."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        self.events.write(step, values)
+        with _told(self.path):
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        with _told(self.events.path):
+            self.events.write(step, values)
 
     def close(self) -> None:
-        self.file.close()
-        self.events.close()
+        try:
+            with _told(self.path):
+                self.file.close()
+        finally:
+            with _told(self.events.path):
+                self.events.close()
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # of a write to an open file it does not say which
+        why, remedy = cause(error)
+        raise SteelyardError(f"{path}: metrics not written: {why}: {remedy}") from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -61,7 +84,8 @@ class EventFile:
     def __init__(self, folder: Path, start: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.file = (folder / name).open("wb")
+        self.path = folder / name
+        self.file = self.path.open("wb")
         self._record(_time() + _bytes(3, b"brain.Event:2"))
         # session_log {status: START}: TensorBoard then hides what an earlier process wrote from this step on
         self._record(_time() + _integer(2, start + 1) + _bytes(7, _integer(1, 1)))

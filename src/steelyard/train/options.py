@@ -32,7 +32,7 @@ class TrainOptions:
     evaluate_every: int = 0  # steps; 0: only at the end, where there is validation data
     evaluate_steps: int | None = None  # None: all of the validation data
     activation_checkpointing: bool = False
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: decided once a run, at its start
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -60,6 +60,11 @@ class PairBatch:
     sample_ids: tuple[int, ...]
 
     @property
+    def chosen_targets(self) -> Tensor:
+        """Targets of the chosen answers: what is to become likelier, so what a preflight looks for ends of turns in."""
+        return self.targets[self.owners % 2 == 0]
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Of prompt and chosen answer, and of rejected answer: what the loop reckons attention's cost by."""
         return tuple(length for p, a, b in self.shapes for length in (p + a, b))
@@ -72,13 +77,16 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What became of the preferences: pairs, those cut at the greatest length, those left out, tokens read."""
+    """What became of the preferences: pairs, those cut at the greatest length, those left out, tokens read, and how
+    many chosen answers still end their turn.
+    """
 
     pairs: int
     cut: int
     dropped: int
     tokens: int
     answer_tokens: int
+    ends: int
 
 
 def render_pairs(
@@ -89,7 +97,7 @@ def render_pairs(
     Left out is a pair of which the cut leaves no token of an answer, or the same tokens for both. Raises SteelyardError
     naming the preference (from 1) that the template refuses, and where none is left.
     """
-    pairs, cut, dropped = [], 0, 0
+    pairs, cut, dropped, ends = [], 0, 0, 0
     with progress.task("render pairs", len(preferences), "pairs") as task:
         for number, preference in enumerate(preferences, 1):
             try:
@@ -104,12 +112,34 @@ def render_pairs(
                 dropped += 1
                 continue
             cut += long
+            ends += int(chosen[-1]) in renderer.tokenizer.eos_ids
             shared = _common(chosen[:start], rejected[:other])
             pairs.append(Pair(chosen[:shared], chosen[shared:], rejected[shared:], start - shared, other - shared))
     if not pairs:
-        raise SteelyardError(f"none of {len(preferences):,} preferences has two answers within {max_length:,} tokens")
+        raise SteelyardError(
+            f"none of {len(preferences):,} preferences has two different answers within {max_length:,} tokens: raise "
+            "max_length (--max-length)"
+        )
     answers = sum(len(p.chosen) - p.chosen_start + len(p.rejected) - p.rejected_start for p in pairs)
-    return pairs, PairCounts(len(pairs), cut, dropped, sum(pair.size for pair in pairs), answers)
+    return pairs, PairCounts(len(pairs), cut, dropped, sum(pair.size for pair in pairs), answers, ends)
+
+
+class ShownPairs:
+    """What preflight asks of chat data (`preflight.ChatCheck`), of the chosen answers of `pairs`."""
+
+    def __init__(self, pairs: Sequence[Pair], renderer: Renderer) -> None:
+        self._pairs, self._decode = pairs, renderer.tokenizer.decode
+        self.end_of_turn = renderer.tokenizer.eos_ids
+
+    def examples(self, count: int) -> list[tuple[tuple[str, bool], ...]]:
+        """The first prompts with their chosen answers, special tokens written out."""
+        found = []
+        for pair in self._pairs[:count]:
+            start = pair.chosen_start
+            before, taught = np.concatenate([pair.prompt, pair.chosen[:start]]), pair.chosen[start:]
+            parts = ((before, False), (taught, True))
+            found.append(tuple((self._decode(part.tolist(), skip_special=False), on) for part, on in parts))
+        return found
 
 
 def _side(preference: Preference, answer: str, renderer: Renderer) -> tuple[Ints, int]:

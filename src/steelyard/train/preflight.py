@@ -96,10 +96,13 @@ def check_data(loader: Any, objective: Any, vocabulary: int, chat: ChatCheck | N
                 longest = (key, batch)
             micro += 1
             tokens += size
-            supervised += objective.count(batch)
             targets = tensors_of(batch).get("targets")
-            if chat is not None and targets is not None:
-                ends += int(torch.isin(targets, torch.tensor(sorted(chat.end_of_turn))).sum())
+            if chat is None or targets is None:
+                supervised += objective.count(batch)
+            else:  # tokens, also where the objective counts pairs
+                supervised += int((targets != IGNORE).sum())
+                taught = getattr(batch, "chosen_targets", targets)
+                ends += int(torch.isin(taught, torch.tensor(sorted(chat.end_of_turn))).sum())
     if longest is None or supervised == 0:
         raise SteelyardError(
             f"no supervised token in the first {steps} steps: nothing would be learned. Check roles and chat template"
@@ -107,7 +110,8 @@ def check_data(loader: Any, objective: Any, vocabulary: int, chat: ChatCheck | N
     if chat is not None and ends == 0:
         raise SteelyardError(
             f"no end-of-turn token (ids {sorted(chat.end_of_turn)}) is supervised in the first {steps} steps: the "
-            "model would never learn to stop. Check the chat template and that answers are not cut"
+            "model would never learn to stop. Check the chat template and that answers are not cut (--tokens; of dpo "
+            "--max-length)"
         )
     return DataCheck(steps, micro, tokens, supervised, ends if chat is not None else None, longest[1])
 
@@ -142,7 +146,8 @@ def try_step(step: Callable[[], None], device: torch.device) -> tuple[float, int
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise SteelyardError(
-            "out of memory at the longest micro-batch: lower tokens_per_micro_batch, or set activation_checkpointing"
+            "out of memory at the longest micro-batch: lower tokens_per_micro_batch (--tokens; of pretrain --rows; of "
+            "dpo raise --micro-batches), or set activation_checkpointing"
         ) from error
     return seconds, peak_memory(device)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from steelyard.base.errors import UsageError
+from steelyard.base.errors import FormatError, UsageError
 from steelyard.base.progress import Progress
+from steelyard.base.yamlfile import nearest
 from steelyard.corpus.shards import Shards, tokenizer_digest
 from steelyard.model.formats import save_folder
 from steelyard.model.identity import is_model_file
@@ -53,19 +54,55 @@ class Packing:
         )
 
 
-def new_model(shape: Mapping[str, Any], tokenizer: Path, seed: int) -> Llama:
+# What `LlamaConfig.from_dict` reads.
+_SIZES = {
+    "model_type", "architectures", "hidden_act", "quantization_config", "compression_config", "is_encoder_decoder",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
+    "attention_bias", "mlp_bias", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+    "original_max_position_embeddings",
+}  # fmt: skip
+_ROPE = {
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor",
+    "original_max_position_embeddings",
+}  # fmt: skip
+# What else stands in a LLaMA's config.json, which may be given as it is; of the model's computation it says nothing.
+_BESIDE = {
+    "_name_or_path", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "pretraining_tp",
+    "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+}  # fmt: skip
+
+
+def new_model(shape: Mapping[str, Any], tokenizer: Path, seed: int, source: str = "the model's sizes") -> Llama:
     """A LLaMA with the sizes of `shape` (names as in config.json) over the tokens of `tokenizer`, its folder.
 
     Projections that write into the residual stream begin smaller by sqrt(2 * layers), as GPT-2's (Radford et al. 2019,
-    section 2.3), so that the stream's variance does not grow with depth. Raises FormatError for impossible sizes.
+    section 2.3), so that the stream's variance does not grow with depth. Raises FormatError naming `source`
+    for impossible sizes, and for a name that a LLaMA's config.json does not have: left alone, it would be another
+    model.
     """
-    raw = {"model_type": "llama", "vocab_size": Tokenizer.load(tokenizer).vocab_size, **shape}
-    model = Llama(LlamaConfig.from_dict(raw, "the model's sizes")).initialise(seed)
+    _refuse_unknown(shape, _SIZES | _BESIDE, source)
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(shape.get(name), Mapping):
+            _refuse_unknown(shape[name], _ROPE, f"{source}: {name}")
+    words = Tokenizer.load(tokenizer).vocab_size
+    config = LlamaConfig.from_dict({"model_type": "llama", "vocab_size": words, **shape}, source)
+    if config.vocab_size < words:
+        raise FormatError(
+            f"{source}: vocab_size = {config.vocab_size}: the tokenizer {tokenizer} has {words}: leave it out"
+        )
+    model = Llama(config).initialise(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.mul_((2 * model.config.num_hidden_layers) ** -0.5)
     return model
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Set[str], source: str) -> None:
+    for name in given:
+        if name not in known:
+            raise FormatError(f"{source}: {name}: no LLaMA has such a size{nearest(name, known) or ': remove it'}")
 
 
 def pretrain(

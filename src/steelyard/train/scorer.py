@@ -103,9 +103,9 @@ def fit_head(
     ngram = _fit_ngrams([found[row] for row in train], labels[train], weights[train])
     layer = _fit_layer(features[train], labels[train], weights[train], seed)
     head = Head(ngram, *layer, np.array([1, 1, 0], dtype=np.float32)).rounded()
-    cheap = _matrix([found[row] for row in tune]) @ head.ngram.astype(np.float64)
+    cheap = ngram_matrix([found[row] for row in tune]) @ head.ngram.astype(np.float64)
     logits = np.stack([cheap, head.hidden_logits(features[tune]).astype(np.float64)], axis=1)
-    blend = _logistic(csr_matrix(logits), labels[tune], weights[tune], 1e-4)
+    blend = logistic(csr_matrix(logits), labels[tune], weights[tune], 1e-4)
     return Head(head.ngram, head.hidden_weight, head.hidden_bias, head.out_weight, blend.astype(np.float32))
 
 
@@ -118,7 +118,7 @@ def _weights(rows: Sequence[Row]) -> Floats:
     return weights
 
 
-def _matrix(found: Sequence[Ints]) -> csr_matrix:
+def ngram_matrix(found: Sequence[Ints]) -> csr_matrix:
     """[texts, BUCKETS]: 1 / sqrt(n) in each of a text's n buckets."""
     counts = np.array([len(one) for one in found])
     values = np.repeat(1 / np.sqrt(np.maximum(counts, 1)), counts)
@@ -126,7 +126,7 @@ def _matrix(found: Sequence[Ints]) -> csr_matrix:
     return csr_matrix((values, columns, np.concatenate([[0], np.cumsum(counts)])), shape=(len(found), BUCKETS))
 
 
-def _logistic(matrix: csr_matrix, labels: Floats, weights: Floats, penalty: float) -> Floats:
+def logistic(matrix: csr_matrix, labels: Floats, weights: Floats, penalty: float) -> Floats:
     """Weighted logistic regression by L-BFGS; the coefficients, then the intercept (not penalised)."""
     total = weights.sum()
     transposed = matrix.T.tocsr()
@@ -145,7 +145,7 @@ def _logistic(matrix: csr_matrix, labels: Floats, weights: Floats, penalty: floa
 
 def _fit_ngrams(found: Sequence[Ints], labels: Floats, weights: Floats) -> NDArray[np.float32]:
     # The intercept is dropped: the blend has its own.
-    return _logistic(_matrix(found), labels, weights, _NGRAM_PENALTY)[:-1].astype(np.float32)
+    return logistic(ngram_matrix(found), labels, weights, _NGRAM_PENALTY)[:-1].astype(np.float32)
 
 
 def _fit_layer(

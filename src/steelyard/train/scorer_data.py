@@ -50,7 +50,7 @@ def part_of(group: str) -> Part:
     return "train" if bucket < 750 else "tune" if bucket < 850 else "calibration"
 
 
-def _open(path: Path) -> io.TextIOBase:
+def open_text(path: Path) -> io.TextIOBase:
     return io.TextIOWrapper(gzip.open(path), encoding="utf-8", newline="")
 
 
@@ -59,18 +59,18 @@ def _row(text: str, label: int, source: str, *, group: str = "", weight: float =
 
 
 def _davidson(path: Path) -> Iterator[Row]:
-    for line in csv.DictReader(_open(path)):
+    for line in csv.DictReader(open_text(path)):
         yield _row(line["tweet"], int(line["class"] != "2"), "davidson")
 
 
 def _implicit_hate(path: Path) -> Iterator[Row]:
-    for line in csv.DictReader(_open(path), delimiter="\t"):
+    for line in csv.DictReader(open_text(path), delimiter="\t"):
         weight = 0.3 if line["class"] == "implicit_hate" else 1.0  # hateful by allusion: a noisy label for toxicity
         yield _row(line["post"], int(line["class"] != "not_hate"), "implicit_hate", weight=weight)
 
 
 def _edos(path: Path) -> Iterator[Row]:
-    for line in csv.DictReader(_open(path)):
+    for line in csv.DictReader(open_text(path)):
         if line["split"] == "train":
             weight = 1.0 if line["label_sexist"] == "sexist" else 0.5  # not sexist may still be an insult
             yield _row(line["text"], int(line["label_sexist"] == "sexist"), "edos", weight=weight)
@@ -81,14 +81,14 @@ def _civil_comments(path: Path) -> Iterator[Row]:
 
     An annotator who found nothing toxic has both "all toxic" and "not toxic" set in this file.
     """
-    with _open(path.parent / "spans.csv.gz") as file:
+    with open_text(path.parent / "spans.csv.gz") as file:
         spanned = {line["annotation"] for line in csv.DictReader(file)}
     votes: dict[str, list[bool]] = defaultdict(list)
-    with _open(path.parent / "annotations.csv.gz") as file:
+    with open_text(path.parent / "annotations.csv.gz") as file:
         for line in csv.DictReader(file):
             toxic = line["annotation"] in spanned or (line["all toxic"] == "True" and line["not toxic"] == "False")
             votes[line["comment_id"]].append(toxic)
-    for line in csv.DictReader(_open(path)):
+    for line in csv.DictReader(open_text(path)):
         given = votes[line["comment_id"]]
         share = sum(given) / len(given) if given else 0.5
         if share >= 0.66 or share == 0:
@@ -96,14 +96,14 @@ def _civil_comments(path: Path) -> Iterator[Row]:
 
 
 def _paradetox(path: Path) -> Iterator[Row]:
-    for line in csv.DictReader(_open(path), delimiter="\t"):
+    for line in csv.DictReader(open_text(path), delimiter="\t"):
         yield _row(line["toxic"], 1, "paradetox")
         yield _row(line["neutral1"], 0, "paradetox", group=line["toxic"])
 
 
 def _wiki_talk(path: Path) -> Iterator[Row]:
     for name in ("gc.csv.gz", "gn.csv.gz"):
-        for line in csv.DictReader(_open(path.parent / name)):
+        for line in csv.DictReader(open_text(path.parent / name)):
             yield _row(line["text"], int(line["label"]), "wiki_talk_context")
 
 
@@ -119,7 +119,7 @@ def _mlma(path: Path) -> Iterator[Row]:
                         yield _row(line["tweet"], 1, "mlma", weight=0.5, language=language)
 
 
-def _passages(text: str, sentences: int = 2) -> Iterator[str]:
+def passages(text: str, sentences: int = 2) -> Iterator[str]:
     """Runs of one to `sentences` sentences of 5 words or more, paragraph by paragraph."""
     for paragraph in re.split(r"\n\s*\n|\n(?= = )", text):
         flat = " ".join(paragraph.split())
@@ -128,24 +128,29 @@ def _passages(text: str, sentences: int = 2) -> Iterator[str]:
             yield " ".join(found[start : start + sentences])
 
 
+def prose(path: Path) -> Iterator[str]:
+    """The passages of a text file (.gz), or of every file of an archive (.tar.gz)."""
+    if path.name.endswith(".tar.gz"):
+        with tarfile.open(path) as archive:
+            members = sorted((member for member in archive if member.isfile()), key=lambda member: member.name)
+            texts = [archive.extractfile(member).read().decode() for member in members]  # type: ignore[union-attr]
+    else:
+        texts = [open_text(path).read()]
+    for text in texts:
+        yield from passages(text)
+
+
 def _prose(source: str, language: str = "en") -> Callable[[Path], Iterator[Row]]:
     def read(path: Path) -> Iterator[Row]:
-        if path.name.endswith(".tar.gz"):
-            with tarfile.open(path) as archive:
-                members = sorted((member for member in archive if member.isfile()), key=lambda member: member.name)
-                texts = [archive.extractfile(member).read().decode() for member in members]  # type: ignore[union-attr]
-        else:
-            texts = [_open(path).read()]
-        for text in texts:
-            for passage in _passages(text):
-                yield _row(passage[:600], 0, source, language=language)
+        for passage in prose(path):
+            yield _row(passage[:600], 0, source, language=language)
 
     return read
 
 
 def _answers(path: Path) -> Iterator[Row]:
     """Assistant-style prose: the preferred answers of CoCoNot, 400 characters of each."""
-    for line in _open(path):
+    for line in open_text(path):
         pair = json.loads(line)
         yield _row(pair["chosen"][:400], 0, "coconot", group=pair["prompt"])
 
@@ -170,7 +175,7 @@ _HINTS = re.compile(
 
 def _weak_refusals(source: str) -> Callable[[Path], Iterator[Row]]:
     def read(path: Path) -> Iterator[Row]:
-        for line in _open(path):
+        for line in open_text(path):
             pair = json.loads(line)
             for kind in ("chosen", "rejected"):
                 # HH-RLHF holds whole conversations: the answer is the last turn.

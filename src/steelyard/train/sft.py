@@ -13,13 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Progress
 from steelyard.model.chat import Renderer
-from steelyard.train.chat_data import ChatLoader, chat_loader
+from steelyard.model.headers import read_json_object
+from steelyard.model.llama import Llama, LlamaConfig
+from steelyard.train.chat_data import ChatLoader, Supervision, chat_loader
 from steelyard.train.conversations import Conversation
 from steelyard.train.loop import TrainOptions, TrainResult, train
+from steelyard.train.lora import add_lora
 from steelyard.train.losses import CrossEntropy
+from steelyard.train.pairs import PairCounts
 from steelyard.train.tuning import FULL, Tuning, export_tuned, first_rank, open_for_tuning
 
 
@@ -43,8 +49,23 @@ class Packing:
             )
         return self.max_length
 
+    def remedy(self, positions: int) -> str:
+        """What lets longer samples stay whole."""
+        if self.max_length is not None:
+            return "raise max_length"
+        if self.tokens_per_micro_batch < positions:
+            return "raise --tokens (in a recipe tokens_per_micro_batch) to keep them whole"
+        return "the model has no more positions"
+
 
 PACKING = Packing()
+
+
+@dataclass(frozen=True)
+class Tuned(TrainResult):
+    """What a finished run did, and what became of its data."""
+
+    data: Supervision | PairCounts
 
 
 def fine_tune(
@@ -59,7 +80,7 @@ def fine_tune(
     validation: Sequence[Conversation] = (),
     adapter: Path | None = None,
     progress: Progress,
-) -> TrainResult:
+) -> Tuned:
     """Tune the model of `model_folder` on `conversations` and write the result as the model folder `out`.
 
     `work` holds checkpoints and metrics: the same call goes on from there after an interruption. Where `tuning` asks
@@ -74,8 +95,8 @@ def fine_tune(
     renderer = Renderer(model_folder)
     longest = packing.longest(model.config.max_position_embeddings)
 
-    def load(of: Sequence[Conversation], *, endless: bool) -> ChatLoader:
-        return chat_loader(
+    def load(name: str, of: Sequence[Conversation], *, endless: bool) -> ChatLoader:
+        loader = chat_loader(
             of,
             renderer,
             tokens_per_micro_batch=packing.tokens_per_micro_batch,
@@ -85,14 +106,22 @@ def fine_tune(
             endless=endless,
             progress=progress,
         )
+        found = loader.supervision
+        left = packing.remedy(model.config.max_position_embeddings) if found.cut or found.dropped else ""
+        progress.say(
+            f"{name}{found.conversations:,} conversations with {found.answers:,} answers, {found.ends:,} of which keep "
+            f"their end of turn; {found.cut:,} cut at {longest:,} tokens (the last answer may lose its end), "
+            f"{found.dropped:,} left out (no answer within them)" + (f": {left}" if left else "")
+        )
+        return loader
 
-    loader = load(conversations, endless=True)
+    loader = load("", conversations, endless=True)
     shown = Shown(loader, renderer.tokenizer.eos_ids)
-    held_out = load(validation, endless=False) if validation else None
+    held_out = load("validation: ", validation, endless=False) if validation else None
     result = train(model, loader, CrossEntropy(), options, work, validation=held_out, chat=shown, progress=progress)
     if first_rank():
         export_tuned(model, model_folder, out, adapter=adapter)
-    return result
+    return Tuned(**vars(result), data=loader.supervision)
 
 
 class Shown:
@@ -111,4 +140,23 @@ def check_outputs(out: Path, adapter: Path | None, tuning: Tuning) -> None:
         if folder is not None and (folder.exists() or folder.is_symlink()):
             raise SteelyardError(f"{folder} exists already: remove it or choose another place")
     if adapter is not None and not tuning.lora_rank:
-        raise UsageError(f"{adapter}: full weights are tuned, so there is no adapter to save: set a LoRA rank")
+        raise UsageError(
+            f"{adapter}: full weights are tuned, so there is no adapter to save: set a LoRA rank (--lora-rank)"
+        )
+
+
+def check_tuning(model_folder: Path, tuning: Tuning, packing: Packing = PACKING) -> None:
+    """Raises, without loading a weight, for layers and adapters that the model cannot have and samples that it cannot
+    hold.
+    """
+    source = model_folder / "config.json"
+    config = LlamaConfig.from_dict(read_json_object(source), str(source))
+    packing.longest(config.max_position_embeddings)
+    layers = config.num_hidden_layers
+    if not 0 <= tuning.first_layer < layers:
+        raise UsageError(f"first_layer (--first-layer) {tuning.first_layer}: {source} has layers 0 to {layers - 1}")
+    if tuning.lora_rank:
+        with torch.device("meta"):
+            model = Llama(config)
+        learning = range(tuning.first_layer, layers)
+        add_lora(model, tuning.lora_rank, tuning.lora_alpha, tuning.lora_targets, learning, tuning.seed)

@@ -65,26 +65,32 @@ def step_operations(
     return total + (tokens if heads is None else heads) * head.numel() * (4 + 2 * head.requires_grad)
 
 
-def compile_blocks(model: Llama, mode: Literal["auto", "on", "off"], operations: float) -> str:
-    """Compile what lies between attention calls in every block; returns what was decided, for the reader.
+def compile_blocks(
+    model: Llama, mode: Literal["auto", "on", "off"], operations: float, before: bool | None = None
+) -> tuple[bool, str]:
+    """Compile what lies between attention calls in every block; returns whether, and what to tell the reader.
 
-    `auto` compiles where a run of `operations` is long enough to earn back the compiling (about a minute).
+    `auto` does as the run did `before` it was stopped, since what is compiled rounds otherwise; in a new run (None)
+    it compiles where `operations` are enough to earn back the compiling (about a minute).
     Raises UsageError for `on` without a C++ compiler.
     """
     device = model.head_weight.device
     if mode == "off":
-        return "not compiled (compile: off)"
+        return False, "not compiled (compile: off)"
+    if mode == "auto" and before is False:
+        return False, "not compiled, as this run was not before"
     found = compiler()
     if device.type == "cpu" and found is None:
         if mode == "on":
             raise UsageError("compile: on needs a C++ compiler (g++ or clang++): install one, or set compile: auto")
-        return "not compiled: no C++ compiler (g++ or clang++) here; training is slower without"
-    if mode == "auto":
+        differs = ", and no longer rounds as before" if before else ""
+        return False, f"not compiled: no C++ compiler (g++ or clang++) here; training is slower without{differs}"
+    if mode == "auto" and before is None:
         seconds = operations / matrix_rate(model.head_weight.dtype, device) * 3
         if seconds < 180:
-            return "not compiled: the run is too short to earn it back"
+            return False, "not compiled: the run is too short to earn it back"
     for layer in model.model.layers:
         assert isinstance(layer, Block)
         for name in ("before_attention", "after_attention"):
             setattr(layer, name, torch.compile(getattr(layer, name)))
-    return "compiled (torch.compile)"
+    return True, "compiled (torch.compile)"

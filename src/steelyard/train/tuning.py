@@ -60,6 +60,8 @@ def open_for_tuning(folder: Path, tuning: Tuning, dtype: Literal["bfloat16", "fl
 def export_tuned(model: Llama, source: Path, out: Path, *, adapter: Path | None = None) -> None:
     """Write `model` as the folder `out`, with the tokenizer, template and settings of `source`, in its stored dtype.
 
+    The model card (README.md) stays behind.
+
     What did not learn comes from `source` to the bit; adapters are merged into its weights, and where `adapter` is
     named saved there first, in PEFT's format. Raises SteelyardError where `out` or `adapter` exists.
     """
@@ -76,7 +78,9 @@ def export_tuned(model: Llama, source: Path, out: Path, *, adapter: Path | None 
         weight = tensors[f"{name}.weight"]
         tensors[f"{name}.weight"] = (weight.float() + adapted.delta().cpu()).to(weight.dtype)
     names = (path.name for path in sorted(source.iterdir()) if path.is_file() and is_model_file(path.name))
-    files = {name: (source / name).read_bytes() for name in names if not name.startswith(("model", "config.json"))}
+    # A card says what was measured on exactly the weights it lies beside: it does not go with others.
+    left = ("model", "config.json", "README.md")
+    files = {name: (source / name).read_bytes() for name in names if not name.startswith(left)}
     save_folder(out, read_json_object(source / "config.json"), tensors, files)
 
 

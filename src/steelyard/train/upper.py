@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from steelyard.base.canonical import digest
 from steelyard.model.llama import Llama
 from steelyard.train.batch import IGNORE, Batch
-from steelyard.train.losses import LossSum, chunked_cross_entropy, chunked_divergence, shared_starts
+from steelyard.train.losses import LossSum, chunked_cross_entropy, chunked_divergence, shared_starts, tensors_digest
 from steelyard.train.speed import step_operations
 
 
@@ -25,6 +27,7 @@ class UpperLayers:
     """
 
     name = "cross_entropy of upper layers"
+    counts: Literal["tokens"] = "tokens"
 
     def __init__(
         self, first: int, anchored: Collection[int] = (), teacher: Llama | None = None, weight: float = 1.0
@@ -33,6 +36,14 @@ class UpperLayers:
         if self.anchored and teacher is None:
             raise ValueError("anchored samples need the teacher whose they are")
         self._kept: dict[int, Tensor] = {}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        held: dict[str, Any] = {"first": self.first}
+        if self.teacher is not None:
+            taught = tensors_digest(dict(self.teacher.named_parameters()))
+            held |= {"anchored": digest(sorted(self.anchored)), "weight": self.weight, "teacher": taught}
+        return held
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         assert isinstance(model, Llama)
