@@ -130,6 +130,8 @@ def test_damaged_prompt_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"a\.jsonl:2: a row must be an object"):
         read_prompts(f"x={tmp_path / 'a.jsonl'}:ask")
     (tmp_path / "b.csv.gz").write_bytes(gzip.compress(b"ask\nWhy?\n")[:-9])
+    with pytest.raises(UsageError, match=r"absent\.csv: no such file"):
+        read_prompts(f"x={tmp_path / 'absent.csv'}:goal")
     with pytest.raises(FormatError, match=r"b\.csv\.gz: cannot be unpacked"):
         read_prompts(f"x={tmp_path / 'b.csv.gz'}:ask")
 

@@ -12,7 +12,7 @@ import pytest
 
 from steelyard.base.errors import UsageError
 from steelyard.scorers.base import Item, Score
-from steelyard.scorers.embedded import EmbeddedScorer
+from steelyard.scorers.embedded import SentenceScorer
 from steelyard.train import scorer as scorer_module
 from steelyard.train.scorer import fit_head, train_scorer
 from steelyard.train.scorer_data import own_sentences, part_of, scorer_rows
@@ -81,7 +81,7 @@ def test_same_seed_same_bytes_and_the_result_opens(data: Path, tmp_path: Path, m
     assert heads[0] != heads[2]
     assert card["categories"]["refusal"]["positives"] > 20
     assert set(card["training"]["sources"]) == set(card["training"]["rows"])
-    trained = EmbeddedScorer("refusal", tmp_path / "a", encoder=encoder)  # type: ignore[arg-type]
+    trained = SentenceScorer("refusal", tmp_path / "a", encoder=encoder)  # type: ignore[arg-type]
     yes, no = trained.score(
         [Item("", "I'm sorry, but I can't help with that."), Item("", "The garden was full of bread.")]
     )

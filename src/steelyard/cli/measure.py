@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steelyard.cli.options import AsJSON, ModelFolder, existing_folder
+from steelyard.cli.options import AsJSON, ModelFolder, existing_file, existing_folder
 from steelyard.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _show(found: dict[str, Any], gap: list[str]) -> None:
 @app.command("perplexity")
 def perplexity(
     model: ModelFolder,
-    text: Annotated[Path, typer.Argument(help="A UTF-8 text file, or .gz.")],
+    text: Annotated[Path, typer.Argument(help="A UTF-8 text file, or .gz.", callback=existing_file)],
     predecessor: Predecessor = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens read at once.")] = 1024,
     stride: Annotated[int, typer.Option(min=1, help="Tokens between windows: the others are context.")] = 512,

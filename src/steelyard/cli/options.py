@@ -17,6 +17,13 @@ def existing_folder(path: Path | None) -> Path | None:
     return path
 
 
+def existing_file(path: Path | None) -> Path | None:
+    """The same for files."""
+    if path is not None and not path.is_file():
+        raise UsageError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+    return path
+
+
 ModelFolder = Annotated[Path, typer.Argument(help="A model folder.", callback=existing_folder)]
 Workspace = Annotated[
     Path, typer.Option(help="Where the ledger, imported models, runs and the cache live.", envvar="STEELYARD_WORKSPACE")

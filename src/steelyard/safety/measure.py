@@ -87,6 +87,8 @@ def read_prompts(spec: str) -> PromptSet:
     if not (name and path_text and wanted) or (condition and not (key and equals)):
         raise UsageError(f"prompts {spec!r}: write NAME=FILE:FIELD, or NAME=FILE:FIELD:OTHER=VALUE to choose rows")
     path = Path(path_text)
+    if not path.is_file():
+        raise UsageError(f"prompts {spec!r}: {path}: no such file")
     prompts = []
     for line, row in enumerate(_rows(path), 1):
         where = f"{path}: row {line}"

@@ -8,7 +8,6 @@ their cases (`contrast_sentences`).
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -23,11 +22,10 @@ from pathlib import Path
 
 import yaml
 
-from steelyard.base.errors import UsageError
 from steelyard.scorers.encoder import Encoder
 from steelyard.scorers.moderation import CATEGORIES
 from steelyard.scorers.ngrams import normalise
-from steelyard.train.scorer_data import Part, open_text, part_of, prose
+from steelyard.train.scorer_data import Part, gather, open_text, part_of, prose
 
 UNKNOWN = math.nan
 FILLINGS = 4  # texts made of a sentence with slots
@@ -176,15 +174,7 @@ SOURCES: tuple[tuple[_Reader, str, int], ...] = (
 
 def moderation_rows(data: Path) -> list[Moderated]:
     """Every row of the sources, in a fixed order, each text once. UsageError where a source is missing."""
-    rows: dict[str, Moderated] = {}
-    for reader, relative, limit in SOURCES:
-        path = data / relative
-        if not path.is_file():
-            raise UsageError(f"{path}: missing; --data must name a folder that holds {relative}")
-        found = {row.text: row for row in reader(path) if len(row.text) >= 3}
-        kept = sorted(found.values(), key=lambda row: hashlib.sha256(row.text.encode()).digest())[:limit]
-        rows = {row.text: row for row in kept} | rows
-    return list(rows.values())
+    return gather(SOURCES, data)
 
 
 def contrast_sentences(seed: int = 0) -> list[Moderated]:

@@ -15,11 +15,11 @@ import re
 import tarfile
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from steelyard.base.errors import UsageError
 from steelyard.scorers.ngrams import normalise
@@ -262,8 +262,24 @@ LICENCES = {
 
 def scorer_rows(name: str, data: Path) -> list[Row]:
     """Every row of the scorer `name`, in a fixed order, each text once. UsageError where a source is missing."""
-    rows = {row.text: row for row in own_sentences(name)}
-    for reader, relative, limit in _SOURCES[name]:
+    return gather(_SOURCES[name], data, own_sentences(name))
+
+
+class _Text(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+R = TypeVar("R", bound=_Text)
+
+
+def gather(
+    sources: Sequence[tuple[Callable[[Path], Iterator[R]], str, int]], data: Path, own: Iterable[R] = ()
+) -> list[R]:
+    """What each source's reader finds in its file under `data`, at most so many rows of it (by the SHA-256 of their
+    texts), and `own`; each text once, in a fixed order. UsageError where a file is missing."""
+    rows = {row.text: row for row in own}
+    for reader, relative, limit in sources:
         path = data / relative
         if not path.is_file():
             raise UsageError(f"{path}: missing; --data must name a folder that holds {relative}")
