@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,8 +31,19 @@ def show(
     if as_json:
         print_json([vars(event) for event in events])
         return
-    rows = [(str(e.seq), e.time, e.kind, json.dumps(e.payload, ensure_ascii=False)[:120], e.hash[:12]) for e in events]
-    print_table("Ledger", ("seq", "time", "kind", "payload", "hash"), rows)
+    rows = [(str(e.seq), e.time, e.hash[:12], e.kind, _brief(e.payload)) for e in events]
+    print_table("Ledger", ("seq", "time", "hash", "kind", "payload (whole with --json)"), rows)
+
+
+def _brief(payload: Mapping[str, Any]) -> str:
+    """A line for people: digests by their first digits, lists and objects by their sizes."""
+
+    def brief(value: Any) -> str:
+        if isinstance(value, list | dict):
+            return f"({len(value)})"
+        return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else str(value)
+
+    return ", ".join(f"{key} {brief(value)}" for key, value in payload.items())[:160]
 
 
 @app.command()
