@@ -110,6 +110,8 @@ def test_scorers_by_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("own_scorer.py").write_text("A = 2\n")
     assert scorer_files("python:own_scorer:make") != first
     assert len(scorer_files("embedded:toxicity")) == 64
+    with pytest.raises(UsageError, match=r"lexical\.safetensors: no such file"):
+        scorer_files("trained:nowhere/lexical")
     for wrong in ("python:no_such_module:make", "python:", "toxicity", "python:no.such.module:make"):
         with pytest.raises(UsageError, match="is unknown"):
             scorer_files(wrong)

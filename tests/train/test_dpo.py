@@ -255,6 +255,7 @@ def test_the_preflight_counts_and_shows_what_the_chosen_answers_teach(folder: Pa
     text = "\n".join(said.lines)
     assert (found.data.ends, found.data.cut) == (5, 0)
     assert "5 chosen answers keep their end of turn" in text
+    assert "% of them supervised" in text  # tokens, though the loss is per pair
     assert "preflight: 5 supervised end-of-turn tokens in those steps; three examples:" in text
     for number, preference in enumerate(PREFERENCES[:3], 1):
         assert f"example {number}: «" in text

@@ -358,8 +358,10 @@ def scorer_files(reference: str) -> str:
         folder = Path(str(resources.files("steelyard.scorers"))) / "weights"
         return digest([[path.name, sha256_file(path)] for path in sorted(folder.glob("*")) if path.is_file()])
     if scheme == "trained":
-        path = Path(rest)
-        return digest([sha256_file(path.with_name(path.name + end)) for end in (".safetensors", ".json")])
+        files = [Path(f"{rest}{end}") for end in (".safetensors", ".json")]
+        if missing := [file for file in files if not file.is_file()]:
+            raise UsageError(f"scorer {reference}: {missing[0]}: no such file: train it first (steelyard scorer train)")
+        return digest([sha256_file(file) for file in files])
     module = rest.split(":")[0]
     try:
         spec = importlib.util.find_spec(module) if scheme == "python" and module else None

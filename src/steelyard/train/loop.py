@@ -68,13 +68,12 @@ def train(
     """Train the parameters of `model` that have requires_grad, in place; they become float32.
 
     Resumes from the newest complete checkpoint in `folder/checkpoints`; `model` must then be as it was at the run's
-    start. Metrics go to `folder/metrics.jsonl` and
-    `folder/tensorboard`. Under torchrun every rank calls it alike.
+    start. Metrics go to `folder/metrics.jsonl` and `folder/tensorboard`. Under torchrun every rank calls it alike.
 
     Raises UsageError for options that contradict themselves; SteelyardError where preflight finds that the run
     cannot succeed, on a loss (also a validation loss) or gradient that is not finite (the last good checkpoint stays),
-    on a full disk, and
-    where the folder is in use or holds a checkpoint of another run; Interrupted after SIGINT or SIGTERM.
+    on a full disk, and where the folder is in use or holds a checkpoint of another run; Interrupted after SIGINT or
+    SIGTERM.
     """
     steps = options.total_steps(loader.steps_per_epoch)
     with ranks() as group:
@@ -186,11 +185,11 @@ class _Run(Generic[B]):
     def _preflight(self, data: DataCheck, chat: ChatCheck | None) -> None:
         epoch = data.tokens / data.steps * self.loader.steps_per_epoch
         text = f"preflight: about {epoch:,.0f} tokens an epoch in {self.loader.steps_per_epoch:,} steps"
-        if self.objective.counts == "tokens":
+        if data.counts == "tokens":
             share = data.supervised / data.tokens
             self.say(f"{text}, {share:.1%} of them supervised (counted over {data.steps} steps)")
         else:
-            self.say(f"{text}; {data.supervised:,} {self.objective.counts} in {data.steps} steps")
+            self.say(f"{text}; {data.supervised:,} {data.counts} in {data.steps} steps")
         if chat is not None:
             self.say(f"preflight: {data.end_of_turn:,} supervised end-of-turn tokens in those steps; three examples:")
             self.say(show_examples(chat.examples(3), colour=sys.stderr.isatty()))

@@ -46,6 +46,7 @@ class DataCheck:
     micro_batches: int
     tokens: int
     supervised: int
+    counts: str  # what `supervised` counts: tokens, pairs or labels
     end_of_turn: int | None  # supervised end-of-turn tokens; None: not chat data
     longest: Any  # the micro-batch with the longest document
 
@@ -86,6 +87,7 @@ def check_data(loader: Any, objective: Any, vocabulary: int, chat: ChatCheck | N
         raise SteelyardError("the data hold no whole step: fewer tokens than one global batch. Lower the batch size")
     steps = min(SAMPLED_STEPS, loader.steps_per_epoch)
     micro = tokens = supervised = ends = 0
+    counts = "tokens"
     longest: tuple[tuple[int, int], Any] | None = None
     for index in range(steps):
         for batch in loader.step(index):
@@ -98,7 +100,7 @@ def check_data(loader: Any, objective: Any, vocabulary: int, chat: ChatCheck | N
             tokens += size
             targets = tensors_of(batch).get("targets")
             if chat is None or targets is None:
-                supervised += objective.count(batch)
+                supervised, counts = supervised + objective.count(batch), objective.counts
             else:  # tokens, also where the objective counts pairs
                 supervised += int((targets != IGNORE).sum())
                 taught = getattr(batch, "chosen_targets", targets)
@@ -113,7 +115,7 @@ def check_data(loader: Any, objective: Any, vocabulary: int, chat: ChatCheck | N
             "model would never learn to stop. Check the chat template and that answers are not cut (--tokens; of dpo "
             "--max-length)"
         )
-    return DataCheck(steps, micro, tokens, supervised, ends if chat is not None else None, longest[1])
+    return DataCheck(steps, micro, tokens, supervised, counts, ends if chat is not None else None, longest[1])
 
 
 def check_disk(folder: Path, checkpoint_bytes: int, kept: int) -> tuple[int, int]:
