@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -150,13 +150,13 @@ def sft(
 
     options = _options(steps, epochs, learning_rate, warmup, dtype, checkpoint_every, seed)
     tuning = _tuning(lora_rank, lora_alpha, lora_targets, first_layer, seed)
-    _check(model, out, adapter, tuning, tokens)
-    progress = default_progress(as_json=as_json)
+    progress, place = default_progress(as_json=as_json), _work(out, work)
+    job = _Job(model, out, place, options, tuning, tokens, micro_batches, adapter, progress, as_json).check()
     read = [
         read_conversations(source, max_bad=max_bad, cache=cache_folder(), progress=progress) if source else []
         for source in (data, validation)
     ]
-    _tune(model, read[0], read[1], out, work, options, tuning, (tokens, micro_batches), adapter, progress, as_json)
+    job.tune(read[0], read[1])
 
 
 @app.command()
@@ -256,10 +256,10 @@ def rejection(
     from steelyard.train.prompts import read_prompts
     from steelyard.train.rejection import best_of
 
-    progress, table = default_progress(as_json=as_json), _work(out, work) / "samples.jsonl"
+    progress, place = default_progress(as_json=as_json), _work(out, work)
     options = _options(steps, epochs, learning_rate, 0, "bfloat16", 500, seed)
     tuning = _tuning(lora_rank, lora_alpha, lora_targets, first_layer, seed)
-    _check(model, out, adapter, tuning, tokens)
+    job = _Job(model, out, place, options, tuning, tokens, micro_batches, adapter, progress, as_json).check()
     judge, asked = _judge(scorer, weight), read_prompts(prompts)
 
     def draw(endpoint: Endpoint) -> Selected:
@@ -274,8 +274,7 @@ def rejection(
             progress=progress,
         )
 
-    sizes = tokens, micro_batches
-    _learn(draw, table, model, out, options, tuning, sizes, adapter, progress, as_json)
+    job.learn(draw, "samples.jsonl")
 
 
 @app.command()
@@ -308,10 +307,10 @@ def distil(
     from steelyard.train.distill import context_distil
     from steelyard.train.prompts import read_prompts
 
-    progress, table = default_progress(as_json=as_json), _work(out, work) / "distilled.jsonl"
+    progress, place = default_progress(as_json=as_json), _work(out, work)
     options = _options(steps, epochs, learning_rate, 0, "bfloat16", 500, seed)
     tuning = _tuning(lora_rank, lora_alpha, lora_targets, first_layer, seed)
-    _check(model, out, adapter, tuning, tokens)
+    job = _Job(model, out, place, options, tuning, tokens, micro_batches, adapter, progress, as_json).check()
     judge, asked = _judge(scorer, weight), read_prompts(prompts)
     leads = [_text(path) for path in preprompt]
 
@@ -327,8 +326,7 @@ def distil(
             progress=progress,
         )
 
-    sizes = tokens, micro_batches
-    _learn(draw, table, model, out, options, tuning, sizes, adapter, progress, as_json)
+    job.learn(draw, "distilled.jsonl")
 
 
 def _options(
@@ -392,84 +390,85 @@ def _work(out: Path, work: Path | None) -> Path:
     return work or out.with_name(out.name + ".work")
 
 
-def _learn(
-    draw: Callable[[Endpoint], Selected | Distilled],
-    table: Path,
-    model: Path,
-    out: Path,
-    options: TrainOptions,
-    tuning: Tuning,
-    sizes: tuple[int, int],
-    adapter: Path | None,
-    progress: Progress,
-    as_json: bool,
-) -> None:
-    """Draw answers, write what became of each prompt to `table` in the work folder, and tune on those kept.
+@dataclass(frozen=True)
+class _Job:
+    """What the commands that fine-tune on conversations have in common."""
 
-    The answers lie in a folder of their own, locked until the end: `train` locks the work folder itself, and a process
-    must not take one lock twice.
-    """
-    from steelyard.inference.local import LocalEndpoint
-    from steelyard.model.identity import subject_of
-    from steelyard.train.drawing import KeptAnswers
-    from steelyard.train.guard import folder_lock
-    from steelyard.train.tuning import first_rank
+    model: Path
+    out: Path
+    work: Path
+    options: TrainOptions
+    tuning: Tuning
+    tokens: int
+    micro_batches: int
+    adapter: Path | None
+    progress: Progress
+    as_json: bool
 
-    work, first = table.parent, first_rank()
-    with ExitStack() as held:
-        if first:
-            held.enter_context(folder_lock(work / "answers"))
-        with ExitStack() as drawing:
+    def check(self) -> _Job:
+        """Itself; raises for what can be refused at once, before data are read or answers drawn."""
+        _check(self.model, self.out, self.adapter, self.tuning, self.tokens)
+        return self
+
+    def learn(self, draw: Callable[[Endpoint], Selected | Distilled], name: str) -> None:
+        """Draw answers, write what became of each prompt to the table `name` of the work folder, tune on those kept.
+
+        The answers lie in a folder of their own, locked until the end: `train` locks the work folder itself, and a
+        process must not take one lock twice.
+        """
+        from steelyard.inference.local import LocalEndpoint
+        from steelyard.model.identity import subject_of
+        from steelyard.train.drawing import KeptAnswers
+        from steelyard.train.guard import folder_lock
+        from steelyard.train.tuning import first_rank
+
+        table, answers, first = self.work / name, self.work / "answers", first_rank()
+        with ExitStack() as held:
             if first:
-                drawing.enter_context(folder_lock(work))  # nor while something else trains here
-            name = subject_of(model, progress).digest
-            path = work / "answers" / "answers.jsonl"
-            found = draw(KeptAnswers(path, name, lambda: LocalEndpoint.open(model), progress, keep=first))
-            if first:
-                found.save(table)
-        counts = found.counts()
-        if first and not as_json:
-            rows = [(why, f"{n:,}") for why, n in counts.items()]
-            print_table(f"prompts (each in {table})", ("fate", "prompts"), rows)
-        if not found.conversations:
-            fates = "; ".join(f"{n:,}: {why}" for why, n in counts.items())
-            remedies = dict.fromkeys(text for part, text in _REMEDIES.items() if any(part in why for why in counts))
-            raise SteelyardError(f"{table}: no answer was kept ({fates}): {'; '.join(remedies)}")
-        conversations = found.conversations
-        _tune(model, conversations, [], out, work, options, tuning, sizes, adapter, progress, as_json, counts)
+                held.enter_context(folder_lock(answers))
+            with ExitStack() as drawing:
+                if first:
+                    drawing.enter_context(folder_lock(self.work))  # nor while something else trains here
+                subject = subject_of(self.model, self.progress).digest
+                kept = answers / "answers.jsonl"
+                endpoint = KeptAnswers(kept, subject, lambda: LocalEndpoint.open(self.model), self.progress, keep=first)
+                found = draw(endpoint)
+                if first:
+                    found.save(table)
+            counts = found.counts()
+            if first and not self.as_json:
+                rows = [(why, f"{n:,}") for why, n in counts.items()]
+                print_table(f"prompts (each in {table})", ("fate", "prompts"), rows)
+            if not found.conversations:
+                fates = "; ".join(f"{n:,}: {why}" for why, n in counts.items())
+                remedies = dict.fromkeys(text for part, text in _REMEDIES.items() if any(part in why for why in counts))
+                raise SteelyardError(f"{table}: no answer was kept ({fates}): {'; '.join(remedies)}")
+            self.tune(found.conversations, [], counts)
 
+    def tune(
+        self,
+        conversations: list[Conversation],
+        validation: list[Conversation],
+        prompts: dict[str, int] | None = None,
+    ) -> None:
+        """Fine-tune, and show the result. `prompts`: how many met each fate."""
+        from steelyard.train.sft import Packing, fine_tune
+        from steelyard.train.tuning import first_rank
 
-def _tune(
-    model: Path,
-    conversations: list[Conversation],
-    validation: list[Conversation],
-    out: Path,
-    work: Path | None,
-    options: TrainOptions,
-    tuning: Tuning,
-    sizes: tuple[int, int],
-    adapter: Path | None,
-    progress: Progress,
-    as_json: bool,
-    prompts: dict[str, int] | None = None,
-) -> None:
-    from steelyard.train.sft import Packing, fine_tune
-    from steelyard.train.tuning import first_rank
-
-    result = fine_tune(
-        model,
-        conversations,
-        out,
-        work=_work(out, work),
-        options=options,
-        tuning=tuning,
-        packing=Packing(*sizes),
-        validation=validation,
-        adapter=adapter,
-        progress=progress,
-    )
-    if first_rank():
-        _show(result, out, as_json, prompts)
+        result = fine_tune(
+            self.model,
+            conversations,
+            self.out,
+            work=self.work,
+            options=self.options,
+            tuning=self.tuning,
+            packing=Packing(self.tokens, self.micro_batches),
+            validation=validation,
+            adapter=self.adapter,
+            progress=self.progress,
+        )
+        if first_rank():
+            _show(result, self.out, self.as_json, prompts)
 
 
 def _show(result: TrainResult, out: Path, as_json: bool, prompts: dict[str, int] | None = None) -> None:

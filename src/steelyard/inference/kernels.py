@@ -90,11 +90,15 @@ def missing() -> bool:
     return program is not None and not _library(program).is_file()
 
 
+@functools.cache
+def _version(program: str) -> str:
+    return subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+
+
 def _library(program: str) -> Path:
     """Where the kernels of this source, compiler and processor are kept."""
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [path.read_text() for path in (_HEADER, *SOURCES)]
-    name = sha256_hex("\n".join([*sources, version, *FLAGS, _processor()]).encode())
+    name = sha256_hex("\n".join([*sources, _version(program), *FLAGS, _processor()]).encode())
     return _private_folder() / f"{name}.so"
 
 

@@ -37,7 +37,7 @@ class ContextualModel:
         """[texts, CATEGORIES], of each text's worst window; a row does not depend on the others. The first call loads
         the backbone."""
         try:
-            from steelyard.inference.executor import PAGE
+            from steelyard.inference.scheduler import pages_for
             from steelyard.scorers.backbone import reading
         except ImportError as error:
             raise require_extra(error.name or "torch", "models") from error
@@ -47,7 +47,7 @@ class ContextualModel:
         windows = [(i, window) for i, text in enumerate(texts) for window in reading(tokenizer, text, WINDOW)]
         windows.sort(key=lambda one: len(one[1]))  # a pass takes memory by its longest
         worst = np.full((len(texts), len(CATEGORIES)), -np.inf)
-        each = -(-(WINDOW + 1) // PAGE)
+        each = pages_for(WINDOW + 1, 1)
         for start in range(0, len(windows), _BATCH):
             part = windows[start : start + _BATCH]
             tables = [list(range(1 + each * row, 1 + each * (row + 1))) for row in range(len(part))]
@@ -62,7 +62,8 @@ class ContextualModel:
 
         from steelyard.base.progress import default_progress
         from steelyard.hub.sources import cache_folder
-        from steelyard.inference.executor import PAGE, Executor
+        from steelyard.inference.executor import Executor
+        from steelyard.inference.scheduler import pages_for
         from steelyard.model.tokenizer import Tokenizer
         from steelyard.scorers.backbone import backbone_folder, lower_layers
 
@@ -73,7 +74,7 @@ class ContextualModel:
             if down is not None:
                 change = tensors[f"{name}.B"].float() @ down.float()
                 parameter.data = (parameter.data.float() + change).to(parameter.dtype)
-        pages = 1 + _BATCH * -(-(WINDOW + 1) // PAGE)
+        pages = 1 + _BATCH * pages_for(WINDOW + 1, 1)
         executor = Executor(model, pages, tensors["head"].to(model.model.embed_tokens.weight.dtype))
         return executor, Tokenizer.load(folder), tensors["bias"].double().numpy()
 

@@ -106,13 +106,11 @@ def _rows(data: Path, seed: int, progress: Progress) -> tuple[list[Moderated], i
     """All rows, and how many sentences of our own were dropped because they resemble a TEST case."""
     rows, own = moderation_rows(data), contrast_sentences(seed)
     cases: list[str] = []
-    for sets in TEST_SETS.values():
-        for _, relative, reader in sets:
-            if not (data / relative).is_file():
-                raise UsageError(
-                    f"{data / relative}: missing; sentences of our own must be held apart from this TEST set"
-                )
-            cases += [case.item.completion for case in reader(data / relative)]
+    readers = {relative: reader for sets in TEST_SETS.values() for _, relative, reader in sets}
+    for relative, reader in readers.items():
+        if not (data / relative).is_file():
+            raise UsageError(f"{data / relative}: missing; sentences of our own must be held apart from this TEST set")
+        cases += [case.item.completion for case in reader(data / relative)]
     given, rows = len(rows), apart(rows, cases)
     progress.say(f"{given - len(rows):,} of {given:,} rows dropped: a TEST set has their text")
     near = resembling(own, sorted(set(cases)), Encoder.open(progress))

@@ -8,13 +8,10 @@ their cases (`contrast_sentences`).
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import random
 import re
-import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -25,7 +22,7 @@ import yaml
 from steelyard.scorers.encoder import Encoder
 from steelyard.scorers.moderation import CATEGORIES
 from steelyard.scorers.ngrams import normalise
-from steelyard.train.scorer_data import Part, gather, open_text, part_of, prose
+from steelyard.train.scorer_data import Part, civil_comments, gather, mlma, open_text, part_of, prose
 
 UNKNOWN = math.nan
 FILLINGS = 4  # texts made of a sentence with slots
@@ -86,28 +83,16 @@ def _edos(path: Path) -> Iterator[Moderated]:
 
 
 def _civil_comments(path: Path) -> Iterator[Moderated]:
-    """A category holds where two thirds of the annotators marked it, and does not where none did; else not known.
-
-    An annotator who found nothing toxic has both "all toxic" and "not toxic" set in this file.
-    """
-    types: dict[str, set[str]] = defaultdict(set)
-    with open_text(path.parent / "spans.csv.gz") as file:
-        for line in csv.DictReader(file):
-            types[line["annotation"]].add(line["type"])
-    votes: dict[str, list[tuple[bool, bool, bool]]] = defaultdict(list)
-    with open_text(path.parent / "annotations.csv.gz") as file:
-        for line in csv.DictReader(file):
-            marked = types.get(line["annotation"], set())
-            toxic = bool(marked) or (line["all toxic"] == "True" and line["not toxic"] == "False")
-            votes[line["comment_id"]].append((toxic, "Identity based Attack" in marked, "Threat" in marked))
-    for line in csv.DictReader(open_text(path)):
-        given = votes[line["comment_id"]]
-        labels = {}
-        for category, said in zip(("toxicity", "identity_attack", "threat"), zip(*given, strict=True), strict=False):
-            share = sum(said) / len(said)
-            if share == 0 or share >= 0.66:
-                labels[category] = float(share > 0)
-        yield _row(line["comment_text"], labels, "civil_comments_spans")
+    """A category holds where two thirds of the annotators marked it, and does not where none did; else not known."""
+    for text, given in civil_comments(path):
+        votes = {
+            "toxicity": [toxic for toxic, _ in given],
+            "identity_attack": ["Identity based Attack" in marked for _, marked in given],
+            "threat": ["Threat" in marked for _, marked in given],
+        }
+        shares = {category: sum(said) / len(said) for category, said in votes.items() if said}
+        labels = {category: float(share > 0) for category, share in shares.items() if share == 0 or share >= 0.66}
+        yield _row(text, labels, "civil_comments_spans")
 
 
 def _paradetox(path: Path) -> Iterator[Moderated]:
@@ -124,18 +109,11 @@ def _wiki_talk(path: Path) -> Iterator[Moderated]:
 
 
 def _mlma(path: Path) -> Iterator[Moderated]:
-    with zipfile.ZipFile(path) as archive:
-        for language in ("en", "fr"):
-            with archive.open(f"hate_speech_mlma/{language}_dataset.csv") as file:
-                for line in csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline="")):
-                    marks = set(line["sentiment"].split("_"))
-                    if marks == {"normal"}:
-                        yield _row(line["tweet"], _CLEAN, "mlma", language=language)
-                    elif marks & {"hateful", "abusive", "offensive", "disrespectful"} and "normal" not in marks:
-                        labels = {"toxicity": 1.0}
-                        if line["target"] != "other" and "hateful" in marks:
-                            labels["identity_attack"] = 1.0
-                        yield _row(line["tweet"], labels, "mlma", language=language)
+    for line, language, offends in mlma(path):
+        labels = {"toxicity": 1.0} if offends else _CLEAN
+        if offends and line["target"] != "other" and "hateful" in line["sentiment"].split("_"):
+            labels = {"toxicity": 1.0, "identity_attack": 1.0}
+        yield _row(line["tweet"], labels, "mlma", language=language)
 
 
 def _clean(source: str, language: str = "en") -> _Reader:

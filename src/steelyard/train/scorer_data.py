@@ -76,23 +76,31 @@ def _edos(path: Path) -> Iterator[Row]:
             yield _row(line["text"], int(line["label_sexist"] == "sexist"), "edos", weight=weight)
 
 
-def _civil_comments(path: Path) -> Iterator[Row]:
-    """Toxic where two thirds of the annotators marked a span or the whole; clean where none did.
+def civil_comments(path: Path) -> Iterator[tuple[str, list[tuple[bool, set[str]]]]]:
+    """Each comment with its annotators' votes: whether they found it toxic, and the types of the spans they marked.
 
     An annotator who found nothing toxic has both "all toxic" and "not toxic" set in this file.
     """
+    types: dict[str, set[str]] = defaultdict(set)
     with open_text(path.parent / "spans.csv.gz") as file:
-        spanned = {line["annotation"] for line in csv.DictReader(file)}
-    votes: dict[str, list[bool]] = defaultdict(list)
+        for line in csv.DictReader(file):
+            types[line["annotation"]].add(line["type"])
+    votes: dict[str, list[tuple[bool, set[str]]]] = defaultdict(list)
     with open_text(path.parent / "annotations.csv.gz") as file:
         for line in csv.DictReader(file):
-            toxic = line["annotation"] in spanned or (line["all toxic"] == "True" and line["not toxic"] == "False")
-            votes[line["comment_id"]].append(toxic)
+            marked = types.get(line["annotation"], set())
+            toxic = bool(marked) or (line["all toxic"] == "True" and line["not toxic"] == "False")
+            votes[line["comment_id"]].append((toxic, marked))
     for line in csv.DictReader(open_text(path)):
-        given = votes[line["comment_id"]]
-        share = sum(given) / len(given) if given else 0.5
+        yield line["comment_text"], votes[line["comment_id"]]
+
+
+def _civil_comments(path: Path) -> Iterator[Row]:
+    """Toxic where two thirds of the annotators marked a span or the whole; clean where none did."""
+    for text, given in civil_comments(path):
+        share = sum(toxic for toxic, _ in given) / len(given) if given else 0.5
         if share >= 0.66 or share == 0:
-            yield _row(line["comment_text"], int(share > 0), "civil_comments_spans", weight=1.0 if share > 0 else 0.5)
+            yield _row(text, int(share > 0), "civil_comments_spans", weight=1.0 if share > 0 else 0.5)
 
 
 def _paradetox(path: Path) -> Iterator[Row]:
@@ -107,16 +115,22 @@ def _wiki_talk(path: Path) -> Iterator[Row]:
             yield _row(line["text"], int(line["label"]), "wiki_talk_context")
 
 
-def _mlma(path: Path) -> Iterator[Row]:
+def mlma(path: Path) -> Iterator[tuple[dict[str, str], str, bool]]:
+    """Each English and French tweet whose labels agree: its fields, its language, and whether it offends."""
     with zipfile.ZipFile(path) as archive:
         for language in ("en", "fr"):
             with archive.open(f"hate_speech_mlma/{language}_dataset.csv") as file:
                 for line in csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline="")):
                     marks = set(line["sentiment"].split("_"))
                     if marks == {"normal"}:
-                        yield _row(line["tweet"], 0, "mlma", weight=0.5, language=language)
+                        yield line, language, False
                     elif marks & {"hateful", "abusive", "offensive", "disrespectful"} and "normal" not in marks:
-                        yield _row(line["tweet"], 1, "mlma", weight=0.5, language=language)
+                        yield line, language, True
+
+
+def _mlma(path: Path) -> Iterator[Row]:
+    for line, language, offends in mlma(path):
+        yield _row(line["tweet"], int(offends), "mlma", weight=0.5, language=language)
 
 
 def passages(text: str, sentences: int = 2) -> Iterator[str]:
