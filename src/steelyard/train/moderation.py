@@ -41,7 +41,7 @@ from steelyard.train.scorer_data import GENERAL, LICENCES, OVERT
 
 TOKENS = 64  # of a row that are read in training
 RANK, FIRST_LAYER = 16, 4
-BATCH, EPOCHS, RATE = 48, 0.75, 8e-4
+BATCH, EPOCHS, RATE = 48, 2.0, 8e-4
 OWN = 3  # times that a sentence of our own counts among the rows: they are few, and tell apart what others do not
 _PENALTY = 1e-5  # of the n-grams' weights
 # Wanted share of ordinary text below the threshold of toxicity: false alarms on ordinary text cost most.

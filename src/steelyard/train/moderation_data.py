@@ -136,10 +136,10 @@ def _answers(path: Path) -> Iterator[Moderated]:
 _Reader = Callable[[Path], Iterator[Moderated]]
 # Reader, path, most rows kept. The limits balance the registers: prose must not drown in tweets.
 SOURCES: tuple[tuple[_Reader, str, int], ...] = (
-    (_davidson, "toxicity/train/davidson/labeled_data.csv.gz", 3500),
+    (_davidson, "toxicity/train/davidson/labeled_data.csv.gz", 5000),
     (_implicit_hate, "toxicity/train/implicit_hate/implicit_hate_v1_stg1_posts.tsv.gz", 7000),
-    (_edos, "toxicity/train/edos/edos_labelled_aggregated.csv.gz", 9000),
-    (_civil_comments, "toxicity/train/civil_comments_spans/comments.csv.gz", 6000),
+    (_edos, "toxicity/train/edos/edos_labelled_aggregated.csv.gz", 14000),
+    (_civil_comments, "toxicity/train/civil_comments_spans/comments.csv.gz", 9000),
     (_paradetox, "toxicity/train/paradetox/paradetox.tsv.gz", 7000),
     (_wiki_talk, "toxicity/train/wiki_talk_context/gc.csv.gz", 2500),
     (_mlma, "toxicity/train/mlma/hate_speech_mlma.zip", 4000),
