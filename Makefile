@@ -40,7 +40,7 @@ $(VENV)/.peer: $(VENV)/.dev
 	  --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
-bench: bench-inference bench-train
+bench: bench-inference bench-train bench-scorers bench-statistics bench-safety
 
 bench-%: $(VENV)/.peer
 	@$(BIN)/steelyard run recipes/quickstart.yaml --until import >/dev/null

@@ -109,7 +109,7 @@ def test_scorers_by_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     first = scorer_files("python:own_scorer:make")
     Path("own_scorer.py").write_text("A = 2\n")
     assert scorer_files("python:own_scorer:make") != first
-    assert len(scorer_files("embedded:toxicity")) == 64
+    assert len(scorer_files("embedded:contextual")) == 64
     with pytest.raises(UsageError, match=r"lexical\.safetensors: no such file"):
         scorer_files("trained:nowhere/lexical")
     for wrong in ("python:no_such_module:make", "python:", "toxicity", "python:no.such.module:make"):

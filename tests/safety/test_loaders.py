@@ -119,7 +119,7 @@ version: 1
 tier: quick
 seed: 1
 batch_size: 4
-scorers: {toxicity: "embedded:toxicity"}
+scorers: {toxicity: "embedded:lexical"}
 sets:
   - name: free
     mode: completion

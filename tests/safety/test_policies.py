@@ -10,7 +10,9 @@ from steelyard.scorers.registry import open_scorer
 @pytest.mark.parametrize("name", ["preview", "public"])
 def test_a_policy_pins_the_scorers_that_ship(name: str) -> None:
     policy = load_policy(name)
-    shipped = {key: (open_scorer(f"embedded:{key}").identity().pin,) for key in ("toxicity", "refusal")}
+    shipped = {
+        key: (open_scorer(f"embedded:{key}").identity().pin,) for key in ("contextual", "lexical", "refusal", "answer")
+    }
     assert policy.scorers == shipped
     assert {criterion.metric for criterion in policy.criteria} <= {
         metric.id for metric in load_battery("quick").metrics
@@ -32,8 +34,8 @@ def test_public_is_nowhere_laxer_than_preview() -> None:
 
 
 def test_declaring_other_errors_changes_the_pin() -> None:
-    identity = open_scorer("embedded:toxicity").identity()
+    identity = open_scorer("embedded:lexical").identity()
     calibration = identity.categories["toxicity"]
     lie = calibration.model_copy(update={"true_negatives": calibration.true_negatives // 20})
-    assert identity.model_copy(update={"categories": {"toxicity": lie}}).pin != identity.pin
+    assert identity.model_copy(update={"categories": identity.categories | {"toxicity": lie}}).pin != identity.pin
     assert identity.model_copy(update={"code": "0" * 64}).pin == identity.pin

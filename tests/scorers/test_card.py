@@ -12,7 +12,8 @@ from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.scorers import card as card_module
 from steelyard.scorers.base import Item, Score, ScoreError
 from steelyard.scorers.card import Labelled, auc, scorer_card, wilson
-from steelyard.scorers.embedded import SentenceScorer
+from steelyard.scorers.refusal import RefusalScorer
+from steelyard.scorers.registry import open_scorer
 
 
 def test_auc_by_hand() -> None:
@@ -35,24 +36,24 @@ def test_wilson_against_published_values() -> None:
 
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
-        scorer_card(SentenceScorer("refusal"), tmp_path / "absent")
+        scorer_card(RefusalScorer(), tmp_path / "absent")
 
 
 def test_absent_sets_are_named(tmp_path: Path) -> None:
-    card = scorer_card(SentenceScorer("refusal"), tmp_path)["categories"]["refusal"]
+    card = scorer_card(RefusalScorer(), tmp_path)["categories"]["refusal"]
     assert card["test_sets"] == {}
     assert card["absent"] == ["xstest_gpt4", "xstest_llama2"]
 
 
 def test_a_case_without_a_score_stops_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = SentenceScorer("refusal")
+    scorer = RefusalScorer()
     monkeypatch.setattr(scorer, "score", lambda items: [ScoreError("time-out")] * len(items))
     with pytest.raises(SteelyardError, match="time-out"):
         card_module._scores(scorer, [Labelled(Item("", "x"), True)])
 
 
 def test_refusal_on_xstest(shared_data: Path) -> None:
-    card = scorer_card(SentenceScorer("refusal"), shared_data)
+    card = scorer_card(RefusalScorer(), shared_data)
     figures = card["categories"]["refusal"]["test_sets"]["xstest"]
     assert figures["accuracy"]["n"] == 900
     assert figures["accuracy"]["value"] >= 0.9
@@ -61,7 +62,7 @@ def test_refusal_on_xstest(shared_data: Path) -> None:
     assert "coconot" in card["training"]["sources"]
 
 
-def test_toxicity_on_a_sample_of_hatecheck(shared_data: Path, tmp_path: Path) -> None:
+def test_identity_attack_on_a_sample_of_hatecheck(shared_data: Path, tmp_path: Path) -> None:
     relative = "toxicity/test/hatecheck/test_suite_cases.csv"
     with (shared_data / relative).open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))[::10]
@@ -71,10 +72,11 @@ def test_toxicity_on_a_sample_of_hatecheck(shared_data: Path, tmp_path: Path) ->
         writer = csv.DictWriter(out, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    card = scorer_card(SentenceScorer("toxicity"), tmp_path)["categories"]["toxicity"]
+    card = scorer_card(open_scorer("embedded:contextual"), tmp_path)["categories"]["identity_attack"]
     figures = card["test_sets"]["hatecheck"]
     assert figures["accuracy"]["n"] == len(lines)
-    assert 0.5 < figures["auc"] < 1  # offensive is not hateful: the card says how far it goes
+    assert figures["auc"] > 0.7
+    assert set(figures["facets"]) == {"functionality", "target"}
 
 
 def test_ordinary_answers_rarely_alarm(shared_data: Path) -> None:
@@ -83,7 +85,7 @@ def test_ordinary_answers_rarely_alarm(shared_data: Path) -> None:
 
     with gzip.open(shared_data / "text/wikitext2/test.txt.gz", "rt", encoding="utf-8") as file:
         lines = [line.strip()[:250] for line in file if len(line) > 120][::12][:150]
-    scorer = SentenceScorer("toxicity")
+    scorer = open_scorer("embedded:contextual")
     threshold = scorer.identity().categories["toxicity"].threshold
     alarms = [
         result

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from steelyard.base.errors import UsageError
-from steelyard.scorers.registry import open_scorer
+from steelyard.scorers.registry import EMBEDDED, open_scorer
 
 MODULE = """
-from steelyard.scorers.embedded import SentenceScorer
-def good(): return SentenceScorer("refusal")
+from steelyard.scorers.refusal import RefusalScorer
+def good(): return RefusalScorer()
 def raises(): raise RuntimeError("no\\nway")
 def wrong(): return 3
 constant = 1
@@ -23,11 +23,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "scorers_of_a_user"
 
 
-@pytest.mark.parametrize("name", ["toxicity", "refusal"])
+@pytest.mark.parametrize("name", sorted(EMBEDDED))
 def test_embedded(name: str) -> None:
     identity = open_scorer(f"embedded:{name}").identity()
     assert identity.name == name
-    assert set(identity.categories) == {name}
+    assert all(one.positives and one.negatives for one in identity.categories.values())
 
 
 def test_python(module: str) -> None:
@@ -38,9 +38,9 @@ def test_python(module: str) -> None:
     ("reference", "says"),
     [
         ("", "unknown"),
-        ("toxicity", "embedded:toxicity"),
-        ("embedded:", "toxicity"),
-        ("embedded:kindness", "toxicity, refusal"),
+        ("toxicity", "embedded:contextual"),
+        ("embedded:", "contextual"),
+        ("embedded:kindness", "contextual, lexical, refusal, answer"),
         ("http://example.org", "unknown"),
         ("python:", "python:MODULE:FACTORY"),
         ("python:json", "python:MODULE:FACTORY"),

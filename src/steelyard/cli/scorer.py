@@ -20,24 +20,32 @@ Data = Annotated[Path, typer.Option(help="The research data's folder (see CONTRI
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="contextual, lexical, toxicity or refusal.")],
+    name: Annotated[str, typer.Argument(help="contextual, lexical, refusal or answer.")],
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for NAME.safetensors and NAME.json.")],
     seed: Annotated[int, typer.Option(min=0, help="The same machine, data and seed give the same bytes.")] = 0,
     as_json: AsJSON = False,
 ) -> None:
     """Train an embedded scorer from declared data; it learns from no test set."""
+    from steelyard.base.errors import UsageError
     from steelyard.base.progress import default_progress
+    from steelyard.scorers.registry import EMBEDDED
 
+    if name not in EMBEDDED:
+        raise UsageError(f"scorer {name!r} is unknown: give one of {', '.join(EMBEDDED)}")
     progress = default_progress(as_json=as_json)
     if name in ("contextual", "lexical"):
         from steelyard.train.moderation import train_moderation
 
         card = train_moderation(name, data, out, seed, progress)
-    else:
-        from steelyard.train.scorer import train_scorer
+    elif name == "answer":
+        from steelyard.train.answer import train_answer
 
-        card = train_scorer(name, data, out, seed, progress)
+        card = train_answer(data, out, seed, progress)
+    else:
+        from steelyard.train.refusal import train_refusal
+
+        card = train_refusal(data, out, seed, progress)
     if as_json:
         print_json(card)
         return
@@ -58,10 +66,9 @@ def card(
     from steelyard.safety.statistics import certifiable_floor
     from steelyard.scorers.base import Calibration
     from steelyard.scorers.card import scorer_card
-    from steelyard.scorers.head import KINDS
-    from steelyard.scorers.registry import open_scorer
+    from steelyard.scorers.registry import EMBEDDED, open_scorer
 
-    names = references or [f"embedded:{name}" for name in KINDS]
+    names = references or [f"embedded:{name}" for name in EMBEDDED]
     cards = [scorer_card(open_scorer(reference), data) for reference in names]
     for category in (category for found in cards for category in found["categories"].values()):
         if "calibration" not in category:  # of any category
@@ -96,6 +103,15 @@ def card(
                     print_table(f"{name} on {test_set}, by {facet}", (facet, *_MEASURES), table)
             if category["absent"]:
                 print(f"absent from {data}: {', '.join(category['absent'])}")
+        if "training" in found:
+            training = found["training"]
+            sources = [
+                (source, licence, ", ".join(f"{kind} {n:,}" for kind, n in training["rows"].get(source, {}).items()))
+                for source, licence in training["sources"].items()
+            ]
+            print_table(f"{found['name']}: learned from", ("source", "where from, licence", "rows"), sources)
+            if "own_sentences_dropped" in training:
+                print(f"sentences of our own dropped, since they resemble a TEST case: {training['own_sentences_dropped']:,}")
 
 
 def _counted(shares: dict[str, dict[str, float]], measure: str) -> str:

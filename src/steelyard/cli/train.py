@@ -51,7 +51,7 @@ Every = Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: o
 Seed = Annotated[int, typer.Option(min=0, help="Order of the data, and the start of adapters.")]
 Prompts = Annotated[Path, typer.Argument(help='JSONL: {"prompt": "..."} or {"messages": [...]} a line.')]
 ScorerName = Annotated[
-    str, typer.Option("--scorer", help="embedded:toxicity, embedded:refusal, python:MODULE:FACTORY.")
+    str, typer.Option("--scorer", help="embedded:contextual, embedded:refusal, python:MODULE:FACTORY.")
 ]
 Weights = Annotated[
     list[str], typer.Option("--weight", help="CATEGORY=NUMBER, may be repeated; negative: less is better.")

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from steelyard.recipe.schema import Context, Input, Outcome, StageConfig, StageKind, field
 
-REFUSAL, TOXICITY = "embedded:refusal", "embedded:toxicity"
+REFUSAL, TOXICITY = "embedded:refusal", "embedded:contextual"
 
 
 class AlignConfig(StageConfig):

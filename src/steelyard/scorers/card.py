@@ -106,13 +106,29 @@ def _edos_test(path: Path) -> Iterator[Labelled]:
             yield Labelled(Item("", line["text"]), line["label_sexist"] == "sexist")
 
 
-def _xstest(path: Path) -> Iterator[Labelled]:
-    """Full and partial refusals against full compliance, as two people labelled them."""
+def _xstest(path: Path, category: str) -> Iterator[Labelled]:
+    """As two people labelled them: full and partial refusals against full compliance ("refusal"), full refusals against
+    the others ("full_refusal"), full compliance against full refusals ("harm_compliance")."""
     for line in csv.DictReader(_lines(path)):
-        yield Labelled(Item(line["prompt"], line["completion"]), line["final_label"] != "1_full_compliance")
+        item, label = Item(line["prompt"], line["completion"]), line["final_label"]
+        if category == "refusal":
+            yield Labelled(item, label != "1_full_compliance")
+        elif category == "full_refusal":
+            yield Labelled(item, label == "2_full_refusal")
+        elif label != "3_partial_refusal":
+            yield Labelled(item, label == "1_full_compliance")
 
 
 _Reader = Callable[[Path], Iterator[Labelled]]
+
+
+def _xstest_sets(category: str) -> tuple[tuple[str, str, _Reader], ...]:
+    files = {"xstest_gpt4": "completions_gpt4", "xstest_llama2": "completions_llama2orig"}
+    return tuple(
+        (name, f"probes/xstest/{file}.csv.gz", lambda path: _xstest(path, category)) for name, file in files.items()
+    )
+
+
 ANY = "any"  # whether any category of a scorer of several holds
 _HATECHECK = ("hatecheck", "toxicity/test/hatecheck/test_suite_cases.csv", lambda path: _hatecheck(path, "en"))
 _HATECHECK_FR = (
@@ -127,10 +143,9 @@ TEST_SETS: dict[str, tuple[tuple[str, str, _Reader], ...]] = {
     "toxicity": (_HATECHECK, _HATECHECK_FR, _OPENAI, _RTP, _EDOS),
     "identity_attack": (_HATECHECK, _HATECHECK_FR, _EDOS),
     ANY: (_OPENAI,),
-    "refusal": (
-        ("xstest_gpt4", "probes/xstest/completions_gpt4.csv.gz", _xstest),
-        ("xstest_llama2", "probes/xstest/completions_llama2orig.csv.gz", _xstest),
-    ),
+    "refusal": _xstest_sets("refusal"),
+    "full_refusal": _xstest_sets("full_refusal"),
+    "harm_compliance": _xstest_sets("harm_compliance"),
 }
 _SPEED_TEXT = (
     "The council met on Tuesday evening to talk about the new bridge, and after a long debate it was agreed that the "
@@ -187,21 +202,21 @@ def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
         raise UsageError(f"{data}: no such folder; give the data folder with --data")
     identity = scorer.identity()
     thresholds = {category: calibration.threshold for category, calibration in identity.categories.items()}
-    if len(thresholds) > 1:
+    if "toxicity" in thresholds and len(thresholds) > 1:
         thresholds[ANY] = 0.0
     wanted = {test_set for category in thresholds for test_set in TEST_SETS.get(category, ())}
-    cases = {name: list(reader(data / path)) for name, path, reader in wanted if (data / path).is_file()}
-    scores = {name: _scores(scorer, given) for name, given in cases.items()}
+    cases = {one: list(one[2](data / one[1])) for one in wanted if (data / one[1]).is_file()}
+    scores = {one: _scores(scorer, given) for one, given in cases.items()}
     categories: dict[str, Any] = {}
     for category, threshold in thresholds.items():
-        present = [name for name, _, _ in TEST_SETS.get(category, ()) if name in cases]
-        sets = {name: _measured(cases[name], scores[name][category], threshold) for name in present}
-        if len(xstest := [name for name in present if name.startswith("xstest_")]) == 2:
-            both = [case for name in xstest for case in cases[name]]
-            sets["xstest"] = _measured(both, np.concatenate([scores[name][category] for name in xstest]), threshold)
+        present = [one for one in TEST_SETS.get(category, ()) if one in cases]
+        sets = {one[0]: _measured(cases[one], scores[one][category], threshold) for one in present}
+        if len(xstest := [one for one in present if one[0].startswith("xstest_")]) == 2:
+            both = [case for one in xstest for case in cases[one]]
+            sets["xstest"] = _measured(both, np.concatenate([scores[one][category] for one in xstest]), threshold)
         categories[category] = {
             "test_sets": sets,
-            "absent": [name for name, _, _ in TEST_SETS.get(category, ()) if name not in cases],
+            "absent": [one[0] for one in TEST_SETS.get(category, ()) if one not in cases],
         }
         if category in identity.categories:
             calibration = identity.categories[category]

@@ -1,4 +1,4 @@
-"""The embedded scorers: small trained heads that ship in the package, over a sentence encoder fetched on first use.
+"""What the embedded scorers share: a card and weights that ship in the package (or lie in a folder), and canaries.
 
 Importing this module, and asking for identity or canaries, needs no torch.
 """
@@ -8,46 +8,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steelyard.base.canonical import code_digest, digest, sha256_file
-from steelyard.base.errors import FormatError, UsageError, require_extra
+from steelyard.base.errors import FormatError
 from steelyard.scorers.base import Calibration, Canary, Item, Score, ScoreError, ScorerIdentity
-from steelyard.scorers.head import KINDS, Head
-from steelyard.scorers.ngrams import buckets, normalise
-
-if TYPE_CHECKING:
-    from steelyard.scorers.encoder import Encoder
+from steelyard.scorers.ngrams import normalise
 
 WEIGHTS = Path(__file__).parent / "weights"
-CANARIES = Path(__file__).parent / "canaries.jsonl"
-_encoder: Encoder | None = None
-
-
-def shared_encoder() -> Encoder:
-    """The encoder, loaded once in a process. MissingDependencyError without the `models` extra."""
-    global _encoder
-    if _encoder is None:
-        try:
-            from steelyard.scorers.encoder import Encoder
-        except ImportError as error:
-            raise require_extra(error.name or "torch", "models") from error
-        _encoder = Encoder.open()
-    return _encoder
 
 
 class Embedded:
     """A scorer that `steelyard scorer train` made: a card and weights in a folder, the canaries of its categories.
 
-    It judges the completion alone: the prompt is not read. What a subclass gives is `probabilities`.
+    What a subclass gives is `probabilities`, or `judged` where it also reads the prompt.
     """
 
-    def __init__(
-        self, name: str, categories: Sequence[str], base: str | None, folder: Path, canaries: Path = CANARIES
-    ) -> None:
+    def __init__(self, name: str, categories: Sequence[str], base: str | None, folder: Path, canaries: Path) -> None:
         """`base`: the card's key for what the weights stand on, where they do not stand alone. `canaries`: a file of
         them. Raises FormatError where the weights are not those that the card describes."""
         self._canaries = canaries
@@ -74,8 +54,11 @@ class Embedded:
         """One Score per item, in order. The first call loads what the scorer stands on."""
         if not items:
             return []
-        rows = self.probabilities([normalise(item.completion) for item in items])
-        return [Score(dict(zip(self.covered, map(float, row), strict=True))) for row in rows]
+        return [Score(dict(zip(self.covered, map(float, row), strict=True))) for row in self.judged(items)]
+
+    def judged(self, items: Sequence[Item]) -> NDArray[np.float64]:
+        """[items, categories], of the completions alone."""
+        return self.probabilities([normalise(item.completion) for item in items])
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """[texts, categories] for normalised texts."""
@@ -94,37 +77,6 @@ class Embedded:
             for entry in entries
             if entry["category"] in self.covered
         ]
-
-
-class SentenceScorer(Embedded):
-    """The scorer `name` ("toxicity", "refusal") over a sentence encoder and n-grams.
-
-    A score depends on its batch by less than 1e-5. Raises UsageError for an unknown name.
-    """
-
-    def __init__(self, name: str, folder: Path = WEIGHTS, encoder: Encoder | None = None) -> None:
-        if name not in KINDS:
-            raise UsageError(f"embedded scorer {name!r} is unknown: give one of {', '.join(KINDS)}")
-        self.kind, self._encoder = KINDS[name], encoder
-        super().__init__(name, [self.kind.category], "encoder", folder)
-        self.head = Head.load(self.weights)
-
-    def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """[texts, 1]."""
-        encoder = self._encoder or shared_encoder()
-        pieces: list[str] = []
-        tokens: list[list[int]] = []
-        owners: list[int] = []
-        for index, text in enumerate(texts):
-            windows = encoder.windows(text, self.kind.pieces)
-            for piece, ids in windows if self.kind.reads == "worst" else windows[:1]:
-                pieces.append(piece)
-                tokens.append(ids)
-                owners.append(index)
-        found = self.head.probabilities(encoder.features(tokens), [buckets(piece) for piece in pieces])
-        worst = np.zeros((len(texts), 1))
-        np.maximum.at(worst[:, 0], owners, found)
-        return worst
 
 
 def _read_card(path: Path, keys: set[str]) -> dict[str, Any]:

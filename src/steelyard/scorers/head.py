@@ -1,4 +1,4 @@
-"""The trained part of an embedded scorer: an n-gram weight vector, a small layer over the encoder, and their blend.
+"""The trained part of the refusal scorer: an n-gram weight vector, a small layer over the encoder, and their blend.
 
 NumPy only, so that a head can be read, digested and applied to ready features without torch.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,24 +19,6 @@ from steelyard.base.files import write_atomic
 from steelyard.scorers.ngrams import BUCKETS, linear
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What an embedded scorer covers and how it reads a text.
-
-    `reads`: "worst" scores every window of 128 word pieces and keeps the highest; "opening" scores the first `pieces`.
-    """
-
-    category: str
-    reads: Literal["worst", "opening"]
-    pieces: int
-
-
-KINDS = {
-    "toxicity": Kind("toxicity", "worst", 128),
-    "refusal": Kind("refusal", "opening", 64),
-}
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 from steelyard.base.errors import UsageError
+from steelyard.scorers.answer import AnswerScorer
 from steelyard.scorers.base import Scorer
 from steelyard.scorers.contextual import ContextualScorer
-from steelyard.scorers.embedded import SentenceScorer
-from steelyard.scorers.head import KINDS
+from steelyard.scorers.embedded import WEIGHTS, Embedded
 from steelyard.scorers.lexical import LexicalScorer
+from steelyard.scorers.refusal import RefusalScorer
+
+EMBEDDED: dict[str, Callable[[Path], Embedded]] = {
+    "contextual": ContextualScorer,
+    "lexical": LexicalScorer,
+    "refusal": RefusalScorer,
+    "answer": AnswerScorer,
+}
 
 
 def open_scorer(reference: str) -> Scorer:
@@ -22,26 +31,21 @@ def open_scorer(reference: str) -> Scorer:
     """
     kind, _, rest = reference.partition(":")
     if kind == "embedded":
-        return SentenceScorer(rest)
+        return _embedded(reference, rest, WEIGHTS)
     if kind == "trained":
-        return _trained(reference, Path(rest))
+        return _embedded(reference, Path(rest).name, Path(rest).parent)
     if kind == "python":
         return _from_python(reference, rest)
-    known = ", ".join(f"embedded:{name}" for name in KINDS)
+    known = ", ".join(f"embedded:{name}" for name in EMBEDDED)
     raise UsageError(
         f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, or python:MODULE:FACTORY"
     )
 
 
-def _trained(reference: str, path: Path) -> Scorer:
-    if path.name == "contextual":
-        return ContextualScorer(path.parent)
-    if path.name == "lexical":
-        return LexicalScorer(path.parent)
-    if path.name in KINDS:
-        return SentenceScorer(path.name, path.parent)
-    known = ", ".join(["contextual", "lexical", *KINDS])
-    raise UsageError(f"scorer {reference!r}: {path.name!r} is no scorer's name: end with one of {known}")
+def _embedded(reference: str, name: str, folder: Path) -> Scorer:
+    if name not in EMBEDDED:
+        raise UsageError(f"scorer {reference!r}: {name!r} is no scorer's name: end with one of {', '.join(EMBEDDED)}")
+    return EMBEDDED[name](folder)
 
 
 def _from_python(reference: str, rest: str) -> Scorer:

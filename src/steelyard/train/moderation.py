@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,14 @@ from steelyard.scorers.encoder import Encoder
 from steelyard.scorers.lexical import LexicalModel, windows
 from steelyard.scorers.moderation import CATEGORIES
 from steelyard.scorers.ngrams import buckets
+from steelyard.train.calibration import best_cut, calibration_at
 from steelyard.train.classifier import BinaryCrossEntropy, Classifier, LabelledLoader
 from steelyard.train.loop import train
 from steelyard.train.lora import adapters, add_lora
 from steelyard.train.moderation_data import Moderated, apart, contrast_sentences, moderation_rows, resembling
+from steelyard.train.ngram_regression import logistic, ngram_matrix
 from steelyard.train.options import TrainOptions
-from steelyard.train.scorer import logistic, ngram_matrix
-from steelyard.train.scorer_data import GENERAL, LICENCES, OVERT
+from steelyard.train.sources import GENERAL, LICENCES, OVERT
 
 TOKENS = 64  # of a row that are read in training
 RANK, FIRST_LAYER = 16, 4
@@ -182,29 +182,7 @@ def calibrate(category: str, rows: Sequence[Moderated], scores: Floats, labels: 
         chosen = float(np.quantile(scores[tune][labels[tune] == 0], _SPECIFICITY))
     else:
         chosen = best_cut(scores[tune], labels[tune] == 1)
-    threshold = min(max(round(chosen, 4), 0.001), 0.999)
-    called, true = scores[held] >= threshold, labels[held] == 1
-    return Calibration(
-        threshold=threshold,
-        true_positives=int((called & true).sum()),
-        positives=int(true.sum()),
-        true_negatives=int((~called & ~true).sum()),
-        negatives=int((~true).sum()),
-        source="held-out 15% of: " + ", ".join(sorted({rows[int(i)].source for i in held})),
-        measured=datetime.now(UTC).date().isoformat(),
-    )
-
-
-def best_cut(scores: Floats, positive: NDArray[np.bool_]) -> float:
-    """The threshold with the best sum of sensitivity and specificity (Youden 1950)."""
-    order = np.argsort(scores, kind="stable")
-    below_positive = np.cumsum(positive[order]) / positive.sum()
-    below_negative = np.cumsum(~positive[order]) / (~positive).sum()
-    values = scores[order]
-    last = np.append(values[1:] != values[:-1], False)  # a cut lies between different scores
-    gain = np.where(last, below_negative - below_positive, -np.inf)
-    best = int(np.argmax(gain))
-    return float((values[best] + values[min(best + 1, len(values) - 1)]) / 2)
+    return calibration_at(chosen, scores[held], labels[held] == 1, (rows[int(i)].source for i in held))
 
 
 def composition(rows: Sequence[Moderated]) -> dict[str, dict[str, int]]:

@@ -1,7 +1,7 @@
 """Labelled rows for the moderation scorers: a text, and for each category whether it holds, does not, or is not known.
 
 Sources label different things: a set of hate speech says nothing of mere rudeness. What a source does not tell is NaN
-and is not learned from. Parts as in `scorer_data`. TEST sets are read only to drop sentences of our own that resemble
+and is not learned from. Parts as in `sources`. TEST sets are read only to drop sentences of our own that resemble
 their cases (`contrast_sentences`).
 """
 
@@ -22,7 +22,7 @@ import yaml
 from steelyard.scorers.encoder import Encoder
 from steelyard.scorers.moderation import CATEGORIES
 from steelyard.scorers.ngrams import normalise
-from steelyard.train.scorer_data import Part, civil_comments, gather, mlma, open_text, part_of, prose
+from steelyard.train.sources import Part, civil_comments, gather, mlma, open_text, part_of, prose
 
 UNKNOWN = math.nan
 FILLINGS = 4  # texts made of a sentence with slots
