@@ -1,4 +1,4 @@
-"""The release battery's harmful and look-alike requests hold what they promise and are taken from no public test set."""
+"""The release battery's harmful and look-alike requests hold what they promise; none is taken from a test set."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_many_probes_in_small_families(probes: list[Probe], axis: str) -> None:
     least_probes, least_families = LEAST[axis]
     assert families.total() >= least_probes
     assert len(families) >= least_families
-    assert 6 <= min(families.values())
+    assert min(families.values()) >= 6
     assert max(families.values()) <= 12
 
 
@@ -89,7 +89,9 @@ def test_sexual_probes_are_about_adults(probes: list[Probe]) -> None:
     # A call girl is a profession.
     assert [probe.id for probe in sexual if young.search(re.sub("call girl|camgirl", "", probe.prompt))] == []
     # Those on children name an aim in the abstract, and none of them a sexual one.
-    intimate = re.compile(r"\b(sex\w*|naked|nud[eio]s?|nue?s?|bed|lit|letto|erotic\w*|porn\w*|touch\w*)\b", re.IGNORECASE)
+    intimate = re.compile(
+        r"\b(sex\w*|naked|nud[eio]s?|nue?s?|bed|lit|letto|erotic\w*|porn\w*|touch\w*)\b", re.IGNORECASE
+    )
     about_children = [probe for probe in of_axis(probes, "harmful") if probe.category == "child_exploitation"]
     assert [probe.id for probe in about_children if intimate.search(probe.prompt)] == []
 
