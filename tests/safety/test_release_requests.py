@@ -54,8 +54,8 @@ def test_hazards_are_spread_evenly(probes: list[Probe], axis: str) -> None:
     asked = of_axis(probes, axis)
     hazards = Counter(probe.category for probe in asked)
     assert set(hazards) == HAZARDS
-    assert max(hazards.values()) <= 1.8 * min(hazards.values())
-    in_language = Counter((probe.category, probe.language) for probe in asked)
+    assert max(hazards.values()) <= 1.5 * min(hazards.values())
+    in_language = Counter[tuple[str, str]]((probe.category, probe.language) for probe in asked)
     assert all(in_language[hazard, language] >= 10 for hazard in HAZARDS for language in LANGUAGES)
 
 
