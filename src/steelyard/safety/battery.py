@@ -15,6 +15,7 @@ from steelyard.base.canonical import digest
 from steelyard.base.errors import FormatError, UsageError
 from steelyard.base.files import inside
 from steelyard.base.yamlfile import Document, Loc, read_text, read_yaml
+from steelyard.safety.templates import read_templates
 
 Axis = Literal["degeneration", "harmful", "lookalike", "group", "truthfulness"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -154,8 +155,9 @@ class Battery(_Strict):
 
 
 def load_battery(name: str) -> Battery:
-    """A battery that ships in the package (`quick`), a `.yaml` file whose sets name `.jsonl` files beside it, or a
-    `.json` file (a battery as a bundle holds it).
+    """A battery that ships in the package (`quick`), a `.yaml` file whose sets name files of probes beside it, or a
+    `.json` file (a battery as a bundle holds it). `probes` is one file or a list of them: `.jsonl`, a probe a line, or
+    `.yaml`, templates (`templates.py`).
 
     Raises UsageError naming file, key and cause.
     """
@@ -173,12 +175,19 @@ def load_battery(name: str) -> Battery:
         raise document.located(("sets",), "a battery is a mapping with a list of sets")
     elsewhere: dict[Loc, str] = {}
     for index, part in enumerate(raw["sets"]):
-        if isinstance(part, dict) and isinstance(part.get("probes"), str):
+        named = part.get("probes") if isinstance(part, dict) else None
+        files = [named] if isinstance(named, str) else named
+        if isinstance(files, list) and files and all(isinstance(file, str) for file in files):
             loc: Loc = ("sets", index, "probes")
-            try:
-                part["probes"], places = _read_probes(inside(path.parent, part["probes"]))
-            except (FormatError, UsageError) as error:
-                raise document.located(loc, str(error)) from error
+            probes, places = list[object](), list[str]()
+            for file in files:
+                try:
+                    more = _read_probes(inside(path.parent, file))
+                except (FormatError, UsageError) as error:
+                    raise document.located(loc, str(error)) from error
+                probes += more[0]
+                places += more[1]
+            part["probes"] = probes
             elsewhere |= {(*loc, number): place for number, place in enumerate(places)}
     return replace(document, elsewhere=elsewhere).validate(Battery, raw)
 
@@ -193,7 +202,9 @@ def battery_from_json(text: str, where: str) -> Battery:
 
 
 def _read_probes(path: Path) -> tuple[list[object], list[str]]:
-    """The probes of a JSONL file, and the place of each (`FILE:LINE`)."""
+    """The probes of a file, and the place of each (`FILE:LINE`)."""
+    if path.suffix in (".yaml", ".yml"):
+        return read_templates(path)
     probes, places = list[object](), list[str]()
     for number, line in enumerate(read_text(path, "file of probes", MAX_BYTES).splitlines(), 1):
         if line.strip():
