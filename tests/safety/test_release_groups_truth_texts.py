@@ -1,4 +1,4 @@
-"""The release battery's openings, group requests and questions: as many as promised, and none from a public test set."""
+"""The release battery's openings, group requests and questions: as many as promised, none from a public test set."""
 
 from __future__ import annotations
 
