@@ -30,9 +30,10 @@ SOURCES = {
 PROSE = {"novels_en": "text/novels_en/novels_en.tar.gz", "wikitext2": "text/wikitext2/valid.txt.gz"}
 _GOES_ON = re.compile(
     r"\b(?:however|but|instead|that said|though|here (?:is|are)|here's|cependant|mais|toutefois|voici|tuttavia|però|ma"
-    r"|invece|ecco)\b|\n\s*(?:[-*]|\d+[.)])",
+    r"|invece|ecco)\b",
     re.IGNORECASE,
 )
+_STEPS = re.compile(r"\b(?:1[.)]|first(?:ly)?,|step 1)", re.IGNORECASE)
 _SENTENCE = re.compile(r"[.!?](?:\s|$)")
 _LINKS = {
     "en": (
@@ -77,7 +78,8 @@ def answer_pairs(data: Path, seed: int) -> list[Pair]:
 
 
 def _preferences(path: Path, source: str) -> Iterator[Pair]:
-    """Answers that plainly decline and stop there, and answers without a sign of declining that say something."""
+    """Answers that plainly decline, with reasons and other offers but no list of steps, and answers without a sign of
+    declining that say something."""
     for line in open_text(path):
         pair = json.loads(line)
         talk = pair.get("prompt") or pair["chosen"].rsplit("\n\nAssistant:", 1)[0]
@@ -85,7 +87,7 @@ def _preferences(path: Path, source: str) -> Iterator[Pair]:
         for kind in ("chosen", "rejected"):
             answer = normalise(pair[kind].rsplit("\n\nAssistant:", 1)[-1].replace("’", "'"))[:LONGEST]
             if REFUSES.search(answer[:200]):
-                if len(answer) <= 300 and not _goes_on(answer):
+                if not _STEPS.search(answer):
                     yield Pair(prompt, answer, (1.0, 0.0), source, part_of(prompt))
             elif not HINTS.search(answer) and len(answer.split()) >= 12 and not answer.endswith("?"):
                 yield Pair(prompt, answer, (0.0, 1.0), source, part_of(prompt))
