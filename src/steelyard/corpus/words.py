@@ -1,4 +1,4 @@
-"""The words of a text, as overlap is counted in: free of any tokenizer, of case, punctuation and spelling of accents."""
+"""The words of a text, as overlap is counted in: free of tokenizer, case, punctuation and spelling of accents."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def check_evidence(
 
 
 def judge_all(report: Report, policy: Policy, evidence: Evidence) -> list[CriterionResult]:
-    """Every criterion of the policy, decided on what the journals say; `report` saves computing it twice. Last, where the
-    training data was searched, whether too many probes stand in it."""
+    """Every criterion of the policy, decided on what the journals say; `report` saves computing it twice. Last, where
+    the training data was searched, whether too many probes stand in it."""
     views = [view for view in report.policies if view.digest == policy.digest]
     if not views:
         views = [*compute_report(evidence.journal, evidence.battery, [policy], evidence.predecessor).policies]

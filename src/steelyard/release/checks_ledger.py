@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 def check_ledger(evidence: Evidence, policy: Policy, ledger: Ledger, now: datetime) -> Iterator[Finding]:
     """Is the ledger whole, and does it know this run, begun and grown and ended, one of not too many?"""
-    plan = evidence.journal.plan
     try:
         ledger.verify()
     except SteelyardError as error:

@@ -1,8 +1,8 @@
 """How often a test was tried: every start is in the ledger, and some starts are tries at one and the same test.
 
-Two batteries are alike where at least half of their questions are the same: another seed, another name, more samples, a
-few reworded probes do not make another test. Questions are compared by a sketch (Broder 1997, "On the resemblance and
-containment of documents"): the smallest `SKETCH` hashes of their words, which a run commits before its first generation.
+Two batteries are alike where at least half of their questions are the same: another seed, another name, more samples,
+a few reworded probes do not make another test. Questions are compared by a sketch (Broder 1997, "On the resemblance and
+containment of documents"): the smallest `SKETCH` hashes of their words, committed before the first generation.
 
 A start counts whatever became of it, and whatever role the model had: who tries a model as another's predecessor has
 looked at it all the same. Subjects that differ in their weights alone are candidates of one kin: trained again, with

@@ -5,8 +5,8 @@ al. 2020, appendix C: N-grams of 13 words); one of fewer words, where all of it 
 Words are `corpus.words.words`: no tokenizer, no case, no punctuation. N-grams never reach over a text's end.
 
 The search is evidence: `overlap.json` in the run's folder, bound to the run, its subject and battery, and to the data
-by digest; and an event `safety.overlap` in the ledger. What the maker does not declare cannot be searched: what is named
-as undeclared is kept too.
+by digest; and an event `safety.overlap` in the ledger. What the maker does not declare cannot be searched: what is
+named as undeclared is kept too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -117,7 +118,7 @@ class ProbeIndex:
                 found |= self._probes[self._single[word]]
             spelled = carried + fresh
             lengths = self._lengths
-            for start, pair in enumerate(zip(spelled, spelled[1:], strict=False)):
+            for start, pair in enumerate(pairwise(spelled)):
                 if pair in lengths:
                     for length in lengths[pair]:
                         found |= self._probes.get(tuple(spelled[start : start + length]), set())
