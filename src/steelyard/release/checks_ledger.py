@@ -15,7 +15,7 @@ from steelyard.model.identity import subject_of
 from steelyard.release.attest import parse_time
 from steelyard.release.checks_model import check_generations
 from steelyard.release.evidence import CLOCKS_APART, Evidence, some
-from steelyard.safety.attempts import attempts, candidates
+from steelyard.safety.attempts import attempts, candidates, kin, releases_of_kin
 from steelyard.safety.commit import commitment
 from steelyard.safety.journal import Finding, Journal, read_journal
 from steelyard.safety.overlap import overlap_json, searches
@@ -144,23 +144,22 @@ def check_predecessor(
     """Is there a predecessor where there must be one, is it the right one, and is its journal what the ledger saw?"""
     subject, named = evidence.journal.plan.subject_digest, evidence.journal.plan.predecessor
     earlier = ledger.events("release.bundled", name=name) if name is not None else []
-    others = [event for event in earlier if event.payload.get("subject") != subject]
-    last = str(others[-1].payload.get("subject")) if others else None
+    others = [str(event.payload.get("subject")) for event in earlier if event.payload.get("subject") != subject]
     if named is None:
-        if last is not None:
-            text = f"{name!r} was released before, as subject {last[:16]}: test it beside that one"
+        if others:
+            text = f"{name!r} was released before, as subject {others[-1][:16]}: test it beside that one"
             yield Finding("predecessor", f"{text} (steelyard safety run --predecessor FOLDER)")
         if folder is not None:
             yield Finding("predecessor", f"{folder}: was given as the predecessor, but the run knows none")
         return
     where = evidence.where["predecessor"]
-    if others and named.subject != last:
-        weaker = _weaker(evidence, policy, ledger, others[-1])
-        if weaker is not None:
-            text = f"is not a run on the last release of {name!r}, subject {str(last)[:16]}, and {weaker}"
-            yield Finding("predecessor", f"{where}: {text}: test beside that one, or release it under another name")
+    if others and named.subject != others[-1]:
+        text = f"is not a run on the last release of {name!r}, subject {others[-1][:16]}: test beside that one"
+        yield Finding("predecessor", f"{where}: {text}, or release it under another name")
     if evidence.predecessor is None:
         return  # missing, by check_pair
+    if not others:
+        yield from _check_strength(evidence, evidence.predecessor, policy, ledger)
     its = _of_predecessor(evidence, evidence.predecessor)
     for found in _check_run(its, ledger):
         yield Finding("predecessor", found.message)
@@ -181,27 +180,42 @@ def check_predecessor(
         yield Finding("predecessor", f"{where}: {text}")
 
 
-def _weaker(evidence: Evidence, policy: Policy, ledger: Ledger, release: Event) -> str | None:
-    """Why the predecessor cannot stand in for the last release; None where it is not significantly worse.
+def _check_strength(evidence: Evidence, ours: Journal, policy: Policy, ledger: Ledger) -> Iterator[Finding]:
+    """Under a new name too, the predecessor is no weaker than the last release of the candidate's kin.
 
-    The two journals are compared pair by pair, as candidate and predecessor are; the release's is the one that the
-    ledger keeps. Worse: in a metric with a margin, a one-sided 95% bound of the difference is clear of zero.
+    The predecessor's journal is compared with that release's, which the ledger keeps, pair by pair as candidate and
+    predecessor are. Weaker: in a metric with a margin, a one-sided 95% bound of the difference is clear of zero.
     """
-    ours, run = evidence.predecessor, str(release.payload.get("run"))
-    if ours is None:
-        return "its journal is missing"
-    finished = [event for event in ledger.events("safety.finished", run=run) if "file" in event.payload]
-    if not finished:
-        return "the ledger keeps no journal of that release to compare with"
-    try:
-        kept = read_journal(ledger.get_file(str(finished[-1].payload["file"])))
-    except SteelyardError as error:
-        return f"the journal of that release cannot be read ({error})"
-    if kept.root != finished[-1].payload.get("journal_root") or not comparable(ours, kept, evidence.battery):
-        return "was not tested as that release was"
-    found = {one.metric: one for one in compare(ours, kept, evidence.battery)}
-    for metric in policy.predecessor.non_inferior:
-        difference = found.get(metric)
-        if difference is not None and difference.said in ("worse", "not measured"):
-            return f"is {difference.said} in {metric}"
+    plan = evidence.journal.plan
+    family = [
+        event
+        for event in releases_of_kin(ledger, kin(plan.subject))
+        if event.payload.get("subject") != plan.subject_digest
+    ]
+    if not family or family[-1].payload.get("subject") == ours.plan.subject_digest:
+        return
+    last = family[-1].payload
+    text = f"the last release of such a model is {last.get('name')!r}, subject {str(last.get('subject'))[:16]}"
+    where = f"{evidence.where['predecessor']}: {text}"
+    kept = _kept(ledger, str(last.get("run")))
+    if kept is None or not comparable(ours, kept, evidence.battery):
+        yield Finding("predecessor", f"{where}, and cannot be compared with this predecessor: test beside that one")
+        return
+    margins = policy.predecessor.non_inferior
+    worse = [
+        one.metric for one in compare(ours, kept, evidence.battery) if one.metric in margins and one.said == "worse"
+    ]
+    if worse:
+        yield Finding("predecessor", f"{where}, and this predecessor is worse in {some(worse)}: test beside that one")
+
+
+def _kept(ledger: Ledger, run: str) -> Journal | None:
+    """The journal that the ledger keeps of a run, or None where it keeps none that is still whole."""
+    for event in reversed(ledger.events("safety.finished", run=run)):
+        try:
+            journal = read_journal(ledger.get_file(str(event.payload["file"])))
+        except (SteelyardError, KeyError):
+            continue
+        if journal.root == event.payload.get("journal_root"):
+            return journal
     return None

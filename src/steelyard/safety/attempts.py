@@ -20,7 +20,7 @@ from steelyard.model.identity import Subject
 from steelyard.safety.battery import Battery
 
 if TYPE_CHECKING:  # `verify` reads this module too, and needs no database
-    from steelyard.ledger.ledger import Ledger
+    from steelyard.ledger.ledger import Event, Ledger
 
 SKETCH = 64  # hashes: two batteries' likeness is then known to about 6 points
 ALIKE = 0.5
@@ -53,12 +53,7 @@ def attempts(ledger: Ledger, committed: Mapping[str, Any], until: int) -> int:
 def candidates(ledger: Ledger, committed: Mapping[str, Any], until: int) -> int:
     """How many subjects of this one's kin were tried with a like battery up to event `until`, this one among them:
     since the last release of one of the kin, and without those that were released themselves."""
-    family = {
-        event.payload["subject"]: event.seq
-        for event in ledger.events("safety.committed")
-        if event.payload.get("kin") == committed["kin"]
-    }
-    releases = [event for event in ledger.events("release.bundled") if event.payload.get("subject") in family]
+    releases = releases_of_kin(ledger, committed["kin"])
     released = {event.payload["subject"] for event in releases}
     since = max((event.seq for event in releases if event.seq < until), default=0)
     tried = {
@@ -67,6 +62,14 @@ def candidates(ledger: Ledger, committed: Mapping[str, Any], until: int) -> int:
         if payload.get("kin") == committed["kin"]
     }
     return len((tried - released) | {committed["subject"]})
+
+
+def releases_of_kin(ledger: Ledger, kin: str) -> list[Event]:
+    """The `release.bundled` events of subjects of that kin, oldest first, whatever they were released as."""
+    family = {
+        event.payload["subject"] for event in ledger.events("safety.committed") if event.payload.get("kin") == kin
+    }
+    return [event for event in ledger.events("release.bundled") if event.payload.get("subject") in family]
 
 
 def _starts(ledger: Ledger, committed: Mapping[str, Any], until: int, since: int = 0) -> list[Mapping[str, Any]]:
