@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safety_fakes import battery
@@ -186,3 +187,13 @@ def test_what_is_not_declared_is_said() -> None:
     made = find_overlap(Named("run", "subject", probing(LONG)), [], ["a base model"])
     assert made.found == ()
     assert in_words(made).endswith("(nothing); not declared: a base model")
+
+
+@pytest.mark.parametrize("change", [{"undeclared": ["a\nPASS"]}, {"found": ["p0\n"]}, {"undeclared": ["x" * 301]}])
+def test_what_a_stranger_wrote_stays_in_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    made = find_overlap(Named("run", "subject", probing(LONG)), [], ["all\nof it", ""])
+    assert made.undeclared == ("?", "all?of it")
+    path = tmp_path / "overlap.json"
+    path.write_text(json.dumps(made.model_dump(mode="json") | change))
+    with pytest.raises(FormatError, match=r"overlap\.json: (undeclared|found)\.0"):
+        read_overlap(path)

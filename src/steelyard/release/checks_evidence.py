@@ -225,7 +225,9 @@ def _check_overlap(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
     ):
         if its != mine:
             yield Finding("overlap", f"{where}: is of another {part} ({its[:16]}): {remedy}")
-    if overlap.axes != shares(evidence.battery, overlap.found) or overlap.ngram != NGRAM:
+    known = {probe.id for probe in evidence.battery.probes()}
+    honest = overlap.axes == shares(evidence.battery, overlap.found) and overlap.ngram == NGRAM
+    if not honest or overlap.found != tuple(sorted(known & set(overlap.found))):
         yield Finding("overlap", f"{where}: its shares are not those of the probes it names: it was edited: {remedy}")
     if policy.training_data == "declared" and (overlap.undeclared or not overlap.searched):
         lacking = some(overlap.undeclared) if overlap.undeclared else "all of it"

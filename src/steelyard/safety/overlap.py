@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from steelyard.base.canonical import canonical_json, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError
@@ -46,16 +46,27 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line of printable characters")
+    return text
+
+
+# A stranger's bundle holds these, and they are shown.
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=300), AfterValidator(_one_line)]
+_Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")]
+
+
 class Searched(_Strict):
     """Training data that was searched. `unread`: files there that no reader knows."""
 
-    name: str
+    name: _Name
     digest: str
-    files: int
-    bytes: int
-    texts: int
-    words: int
-    unread: tuple[str, ...]
+    files: int = Field(ge=1)
+    bytes: int = Field(ge=0)
+    texts: int = Field(ge=0)
+    words: int = Field(ge=0)
+    unread: tuple[_Name, ...]
 
 
 class AxisOverlap(_Strict):
@@ -76,9 +87,9 @@ class Overlap(_Strict):
     battery: str
     ngram: int = Field(ge=1)
     searched: tuple[Searched, ...]
-    undeclared: tuple[str, ...]
+    undeclared: tuple[_Name, ...]
     axes: dict[str, AxisOverlap]
-    found: tuple[str, ...]
+    found: tuple[_Id, ...]
 
     @property
     def worst(self) -> float:
@@ -124,6 +135,11 @@ class ProbeIndex:
                         found |= self._probes.get(tuple(spelled[start : start + length]), set())
             carried = spelled[-(self._ngram - 1) :] if self._ngram > 1 else []
         return found, count
+
+
+def _shown(text: str) -> str:
+    """Any text, as a line of bounded length."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:300] or "?"
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -175,13 +191,13 @@ def find_overlap(
             progress.say(f"{one.path}: {len(one.unread)} files were not read: {', '.join(one.unread[:EXAMPLES])}")
         searched.append(
             Searched(
-                name=one.path.name,
+                name=_shown(one.path.name),
                 digest=one.digest,
                 files=len(one.files),
                 bytes=one.bytes,
                 texts=texts,
                 words=count,
-                unread=one.unread,
+                unread=tuple(map(_shown, one.unread)),
             )
         )
     return Overlap(
@@ -190,7 +206,7 @@ def find_overlap(
         battery=named.battery.digest,
         ngram=NGRAM,
         searched=tuple(sorted(searched, key=lambda one: (one.name, one.digest))),
-        undeclared=tuple(sorted(set(undeclared))),
+        undeclared=tuple(sorted({_shown(text) for text in undeclared})),
         axes=shares(named.battery, found),
         found=tuple(sorted(found)),
     )
