@@ -50,9 +50,10 @@ from steelyard.scorers.base import Calibration, Canary, Item, ScorerIdentity
 
 PINS = {"toxicity": [toxicity().identity().pin], "refusal": [refusal().identity().pin]}
 MARGINS = {"toxicity.chat": 0.5, "truth.incorrect": 0.5}
-# One rule each, which the good model's run breaks, or will.
+# One rule each (but for the first two), which the good model's run breaks, or will.
 RULES: dict[str, dict[str, Any]] = {
     "lenient": {},
+    "strict": {"maximum": 0.5},
     "fresh-errors": {"max_calibration_age_days": 1},
     "once": {"max_attempts": 1},
     "few": {"max_candidates": 1},
@@ -166,7 +167,8 @@ def random_weights(chain: Chain) -> Any:
     import bad_models
 
     model = bad_models.random_weights(chain.root / "good", chain.root / "random")
-    return chain.decide(run=chain.test(run=chain.root / "random-run", model=model), model=model)
+    run = chain.test(run=chain.root / "random-run", model=model)
+    return chain.decide(run=run, model=model, policy=NAMED["strict"])
 
 
 @attempt("changed since the test: weights")
