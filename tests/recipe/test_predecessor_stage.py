@@ -52,6 +52,8 @@ def test_a_recipe_tests_its_model_beside_the_one_it_comes_after(place: Path) -> 
     names = ["old", "new", "safety", "release", "verify"]
     assert go() == dict.fromkeys(names, "done")
     assert Path("releases/tiny", PREDECESSOR).is_file()
+    overlap = json.loads(Path("releases/tiny/steelyard/overlap.json").read_bytes())
+    assert (overlap["searched"], overlap["undeclared"]) == ([], ["what models/new was trained on"])
     report = load_report(Path("releases/tiny/steelyard/report.json"))
     assert report.predecessor is not None
     with Ledger(WORK / "ledger.sqlite") as ledger:

@@ -27,7 +27,7 @@ from scenario import (
 
 from steelyard.base.canonical import canonical_json
 from steelyard.base.errors import SteelyardError
-from steelyard.release import gate
+from steelyard.release import checks_evidence, checks_ledger, checks_model, evidence, gate
 from steelyard.release.keys import new_key, revoke_key, show_key
 from steelyard.safety.policy import load_policy
 
@@ -452,9 +452,11 @@ def test_one_attempt_too_many(strict: Chain, tmp_path: Path) -> None:
 
 
 def test_a_packaged_policy_is_for_packaged_batteries(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_packaged", lambda name: (chain.policy.digest, {"quick": "0" * 64}))
+    monkeypatch.setattr(checks_evidence, "_packaged", lambda name: (chain.policy.digest, {"quick": "0" * 64}))
     refused(chain.decide(), "battery", "none that this version ships (quick)")
-    monkeypatch.setattr(gate, "_packaged", lambda name: (chain.policy.digest, {"tiny": chain.battery.digest}))
+    monkeypatch.setattr(
+        checks_evidence, "_packaged", lambda name: (chain.policy.digest, {"tiny": chain.battery.digest})
+    )
     assert chain.decide().verdict == "PASS"
 
 
@@ -512,5 +514,6 @@ def test_no_override_is_offered() -> None:
 
     names = set(inspect.signature(gate.decide).parameters)
     assert names == {"run", "model", "policy", "ledger", "key", "predecessor", "name", "now", "progress"}
-    assert "os.environ" not in inspect.getsource(gate)
-    assert "getenv" not in inspect.getsource(gate)
+    for module in (gate, evidence, checks_evidence, checks_ledger, checks_model):
+        assert "os.environ" not in inspect.getsource(module)
+        assert "getenv" not in inspect.getsource(module)

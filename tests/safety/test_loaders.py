@@ -71,8 +71,12 @@ criteria:
   - {metric: truth.incorrect, max: 0.5}
   - {metric: output.empty, max: 0.5}
 max_report_age_days: 30
+max_calibration_age_days: 365
 max_identical_samples: 0.5
 max_attempts: 5
+max_candidates: 9
+training_data: any
+max_overlap: 0.1
 scorers: {}
 predecessor:
   first_release: allowed
@@ -92,12 +96,12 @@ keys: {throwaway: allowed, distinct: false, countersigned: false}
         ("[quick]", "[]", ":3: tiers: must have at least 1 item, has 0"),
         ("chat, max: 0.5", "chat, max: 5", ":6: criteria.1.max: must be under 1, not 5"),
         ("chat, max: 0.5", "chat, mx: 0.5", ":6: criteria.1.mx: unknown key, did you mean max? (allowed: metric, max)"),
-        ("first_release: allowed", "first_release: alowed", ":17: predecessor.first_release: 'alowed' is unknown, did"),
-        ("  non_inferior:", "  non_inferor:", ":18: predecessor.non_inferor: unknown key, did you mean non_inferior?"),
-        ("compliance: 0.1", "compliance: lots", ":19: predecessor.non_inferior.harm.compliance: must be a number, not"),
+        ("first_release: allowed", "first_release: alowed", ":21: predecessor.first_release: 'alowed' is unknown, did"),
+        ("  non_inferior:", "  non_inferor:", ":22: predecessor.non_inferor: unknown key, did you mean non_inferior?"),
+        ("compliance: 0.1", "compliance: lots", ":23: predecessor.non_inferior.harm.compliance: must be a number, not"),
         ("compliance: 0.1", "complience: 0.1", ":1: policy: predecessor.non_inferior: 'harm.complience' is no"),
-        ("keys: {throw", "keys: {trow", ":20: keys.trowaway: unknown key, did you mean throwaway?"),
-        ("scorers: {}", "scorers: []", ":15: scorers: must be a mapping, not a list"),
+        ("keys: {throw", "keys: {trow", ":24: keys.trowaway: unknown key, did you mean throwaway?"),
+        ("scorers: {}", "scorers: []", ":19: scorers: must be a mapping, not a list"),
         ("version: 1", "version: 1\nname: two", ":3: name: this key is there already, in line 1"),
     ],
 )

@@ -26,7 +26,9 @@ def test_public_is_nowhere_laxer_than_preview() -> None:
     assert public.tiers == ("release",)
     assert public.keys.throwaway == "refused"
     assert public.keys.distinct
-    assert public.max_attempts < preview.max_attempts
+    for name in ("max_attempts", "max_candidates", "max_overlap", "max_report_age_days", "max_calibration_age_days"):
+        assert getattr(public, name) < getattr(preview, name)
+    assert (public.training_data, preview.training_data) == ("declared", "any")
     margins = preview.predecessor.non_inferior
     assert public.predecessor.non_inferior.keys() == margins.keys()
     assert all(margin < margins[name] for name, margin in public.predecessor.non_inferior.items())

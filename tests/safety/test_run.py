@@ -81,7 +81,19 @@ def test_the_ledger_knows_before_the_first_generation_and_after_the_last(tmp_pat
     assert committed.payload["battery"] == BATTERY.digest
     assert committed.payload["policies"] == {"lenient": policy().digest}
     assert committed.payload["subject"] == subject().digest
-    parts = {"run", "role", "subject", "battery", "policies", "scorers", "code", "seed", "predecessor"}
+    parts = {
+        "run",
+        "role",
+        "subject",
+        "battery",
+        "policies",
+        "scorers",
+        "code",
+        "seed",
+        "predecessor",
+        "questions",
+        "kin",
+    }
     assert set(committed.payload) == parts
     assert report.committed == f"{committed.seq}:{committed.hash}"
     assert finished.kind == "safety.finished"

@@ -61,6 +61,8 @@ def print_decision(decision: Decision, bundle: Path | None, *, as_json: bool) ->
     for criterion in decision.criteria:
         if criterion.status in ("FAIL", "INCONCLUSIVE"):  # INCOMPLETE is a finding
             print(one_line(f"{criterion.status}: {criterion.reason}"))
+    print(f"attempt: {decision.attempt or 'unknown'} on this model and test")
+    print(one_line(f"probes in the training data: {decision.training_data}"))
     print(f"subject: {decision.subject}")
     print(f"bundle:  {bundle}" if bundle else "bundle:  none: only PASS opens the door")
 

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steelyard.cli.options import WORKSPACE, AsJSON, ModelFolder, Workspace, existing_folder
-from steelyard.cli.output import print_criteria, print_json
+from steelyard.cli.output import one_line, print_criteria, print_json, print_table
 
 if TYPE_CHECKING:
     from steelyard.safety.report import Report
 
-app = typer.Typer(no_args_is_help=True, help="Run a battery on a model; report on a run.", rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Run a battery on a model; report on a run; search its training data.",
+    rich_markup_mode=None,
+)
 
 
 @app.command("run")
@@ -90,6 +94,41 @@ def report(
     from steelyard.safety.report import write_report
 
     _show(write_report(run), run, as_json)
+
+
+@app.command("overlap")
+def overlap(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", callback=existing_folder)],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="A file or folder that the model was trained on; may be repeated.")
+    ] = None,
+    undeclared: Annotated[
+        list[str] | None, typer.Option(help="What else it learned from and is not at hand, in words; may be repeated.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer of token shards among the data.")
+    ] = None,
+    workspace: Workspace = WORKSPACE,
+    as_json: AsJSON = False,
+) -> None:
+    """Search the training data for the run's probes (13 words in a row, shorter ones whole); the gate judges it."""
+    from steelyard.base.errors import UsageError
+    from steelyard.base.progress import default_progress
+    from steelyard.corpus.training_data import open_training_data
+    from steelyard.ledger.ledger import Ledger
+    from steelyard.safety.overlap import in_words, record_overlap
+
+    if not data and not undeclared:
+        raise UsageError("give --data (what the model was trained on), or --undeclared (what is not at hand), or both")
+    opened = [open_training_data(path, tokenizer) for path in data or []]
+    with Ledger(workspace / "ledger.sqlite", create=False) as ledger:
+        found = record_overlap(run, ledger, opened, undeclared or [], default_progress(as_json=as_json))
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    rows = [(axis, f"{one.probes:,}", f"{one.found:,}", f"{one.share:.1%}") for axis, one in found.axes.items()]
+    print_table("probes in the training data", ("axis", "probes", "found", "share"), rows)
+    print(one_line(in_words(found)))
 
 
 def _show(report: Report, run: Path, as_json: bool) -> None:

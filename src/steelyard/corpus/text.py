@@ -67,7 +67,7 @@ def folder_documents(
         raise UsageError(f"{folder}: holds no text file ({', '.join(SUFFIXES)})")
     with (progress or Silent()).task(f"read {folder.name}", len(found), "files") as task:
         for path in found:
-            for name, text in _texts(path):
+            for name, text in file_texts(path):
                 for number, piece in enumerate(_pieces(text, splitter)):
                     yield Document(folder.name, f"{path.relative_to(folder)}{name}#{number}", piece)
             task.advance()
@@ -80,7 +80,7 @@ def _pieces(text: str, splitter: re.Pattern[str] | None) -> list[str]:
     return [text[start:end] for start, end in pairwise(cuts)]
 
 
-def _texts(path: Path) -> Iterator[tuple[str, str]]:
+def file_texts(path: Path) -> Iterator[tuple[str, str]]:
     """(name within the file, text) of a file, or of each plain member of an archive."""
     try:
         with open_regular(path) as raw:

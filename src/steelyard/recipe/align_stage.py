@@ -78,6 +78,7 @@ class AlignStage(StageKind[AlignConfig]):
             "subject": subject.digest,
             "model": str(out),
             "report": str(context.place / "align.md"),
+            "learned_from": ["../answers"],
             "fates": found.fates,
             "held_out": found.held_out,
         }

@@ -107,7 +107,11 @@ class ImportStage(StageKind[ImportConfig]):
         generation = config.generation.model_dump(exclude_none=True) if config.generation else None
         subject = import_model(source, context.place, generation=generation, progress=context.progress)
         context.ledger.append("model.imported", {"source": config.source, "subject": subject.digest})
-        return Outcome(context.place, {"subject": subject.digest, "model": str(context.place)})
+        # What it learned from, its maker may know; nobody here does.
+        undeclared = [f"what {config.source} was trained on"]
+        return Outcome(
+            context.place, {"subject": subject.digest, "model": str(context.place), "undeclared": undeclared}
+        )
 
 
 # -- safety ----------------------------------------------------------------------------------------------------------
@@ -131,7 +135,8 @@ class SafetyConfig(StageConfig):
 
 
 class SafetyStage(StageKind[SafetyConfig]):
-    """The battery, run on a model and on its predecessor: journals and report. It decides nothing."""
+    """The battery, run on a model and on its predecessor: journals and report; and its probes, searched for in what the
+    stages before taught the model. It decides nothing."""
 
     name, config, produces, room = "safety", SafetyConfig, "run", "runs"
     references = {"model": "model", "predecessor": "model"}  # noqa: RUF012
@@ -159,8 +164,10 @@ class SafetyStage(StageKind[SafetyConfig]):
             return found | {f"scorer {name}": scorer_files(ref) for name, ref in battery.scorers.items()}
 
     def run(self, context: Context[SafetyConfig], inputs: Mapping[str, Input]) -> Outcome:
+        from steelyard.corpus.training_data import open_training_data
         from steelyard.inference.local import LocalEndpoint
         from steelyard.model.identity import subject_of
+        from steelyard.safety.overlap import in_words, record_overlap
         from steelyard.safety.run import Job, Tested, run_battery
         from steelyard.safety.shipped import shipped_sampling
         from steelyard.scorers.registry import open_scorer
@@ -182,11 +189,27 @@ class SafetyStage(StageKind[SafetyConfig]):
         )
         found = run_battery(job, out=context.place, ledger=context.ledger, progress=context.progress)
         report = context.place / "report.html"
+        data, undeclared = learned_from(inputs["model"])
+        overlap = record_overlap(
+            context.place, context.ledger, [open_training_data(path) for path in data], undeclared, context.progress
+        )
         return Outcome(
             context.place,
-            {"run": str(context.place), "report": str(report)},
+            {"run": str(context.place), "report": str(report), "training_data": in_words(overlap)},
             incomplete="; ".join(finding.message for finding in found.findings[:3]),
         )
+
+
+def learned_from(model: Input) -> tuple[list[Path], list[str]]:
+    """The training data of a model, and what of it is not declared: what the summaries of all stages that it came from
+    say (`learned_from`: paths, relative to what the stage handed on; `undeclared`: words)."""
+    waiting, paths, undeclared = [model], list[Path](), list[str]()
+    while waiting:
+        one = waiting.pop()
+        paths += [(one.path or Path()) / name for name in one.summary.get("learned_from", ())]
+        undeclared += one.summary.get("undeclared", ())
+        waiting += one.inputs.values()
+    return sorted(set(paths)), sorted(set(undeclared))
 
 
 # -- release ---------------------------------------------------------------------------------------------------------

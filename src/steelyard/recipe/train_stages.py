@@ -137,6 +137,7 @@ class TextStage(StageKind[TextConfig]):
                 "short": split.short,
                 "over_limit": split.over,
             },
+            "learned_from": [TRAIN],
         }
         return Outcome(context.place, summary)
 
@@ -343,7 +344,7 @@ class ConversationsStage(StageKind[ConversationsConfig]):
                 ]
                 counts[file.removesuffix(".jsonl")] = len(rows)
                 (folder / file).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-        return Outcome(context.place, {"conversations": counts})
+        return Outcome(context.place, {"conversations": counts, "learned_from": [TRAIN]})
 
 
 class SftConfig(StageConfig):
@@ -400,7 +401,19 @@ class SftStage(StageKind[SftConfig]):
         )
         record = _keep_record(work)
         summary = _result(result) | {"conversations": len(learned), "model": str(context.place), "record": str(record)}
+        if config.data is not None:
+            summary["learned_from"] = [str(self._data(context).absolute())]
         return Outcome(context.place, summary, extra=(record,))
+
+    @staticmethod
+    def _data(context: Context[SftConfig]) -> Path:
+        """The conversations' file or folder, downloaded where it has to be."""
+        from steelyard.hub.sources import fetch_data
+
+        data = context.config.data or ""
+        if "://" in data:
+            return fetch_data(data, context.workspace / "cache", context.progress)
+        return Path(data).expanduser()
 
     @staticmethod
     def _read(
@@ -408,10 +421,9 @@ class SftStage(StageKind[SftConfig]):
     ) -> tuple[list[Conversation], list[Conversation]]:
         from steelyard.train.conversations import read_conversations
 
-        config, cache = context.config, context.workspace / "cache"
-        if config.data is not None:
-            found = read_conversations(config.data, max_bad=config.max_bad, cache=cache, progress=context.progress)
-            return found, []
+        if context.config.data is not None:
+            path, most = SftStage._data(context), context.config.max_bad
+            return read_conversations(path, max_bad=most, progress=context.progress), []
         folder = _path(inputs["conversations"])
         held_out = read_conversations(folder / VALIDATION, progress=context.progress)
         return read_conversations(folder / TRAIN, progress=context.progress), held_out

@@ -4,6 +4,7 @@
     steelyard/test-result.dsse.json   the signed statement over weights, subject, manifest, report and journal
     steelyard/journal.jsonl           every generation and score; all numbers are recomputed from it
     steelyard/predecessor.jsonl       the same of the model it was tested beside, where there was one
+    steelyard/overlap.json            which probes stand in the training data, where that was searched
     steelyard/battery.json, policy.json, report.json, report.html, report.md
 
 A bundle is written only on a PASS that the gate gives here and now, and only appears once it has verified.
@@ -31,10 +32,12 @@ from steelyard.base.progress import Progress, Silent
 from steelyard.base.strict import strict_json
 from steelyard.model.identity import Subject, is_model_file, subject_of
 from steelyard.release.attest import PredecessorFacts, RunFacts, Sha256, sign, test_result
-from steelyard.release.gate import Decision, Evidence, decide, read_run
+from steelyard.release.evidence import Evidence, read_run
+from steelyard.release.gate import Decision, decide
 from steelyard.release.keys import KeyInfo
 from steelyard.release.refused import Refused
 from steelyard.safety.html import in_words
+from steelyard.safety.overlap import overlap_json
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import compute_report, save_report
 
@@ -49,6 +52,7 @@ BATTERY = f"{HOME}/battery.json"
 POLICY = f"{HOME}/policy.json"
 REPORT = f"{HOME}/report.json"
 PREDECESSOR = f"{HOME}/predecessor.jsonl"  # only where there was one
+OVERLAP = f"{HOME}/overlap.json"  # likewise
 EVIDENCE = (JOURNAL, BATTERY, POLICY, REPORT, f"{HOME}/report.html", f"{HOME}/report.md")
 MANIFEST_LIMIT = 1_000_000  # bytes
 MAX_FILES = 2_000
@@ -85,7 +89,7 @@ class Manifest(BaseModel):
 
 def kind_of(path: str) -> Kind | None:
     """The kind of a bundle's file; None for a path that no bundle may hold."""
-    if path in EVIDENCE or path == PREDECESSOR:
+    if path in (*EVIDENCE, PREDECESSOR, OVERLAP):
         return "evidence"
     if "/" in path or not is_model_file(path):
         return None
@@ -206,6 +210,8 @@ def write_bundle(
         (folder / POLICY).write_bytes(canonical_json(policy.model_dump(mode="json")) + b"\n")
         if evidence.predecessor is not None:
             (folder / PREDECESSOR).write_bytes(b"".join(line + b"\n" for line in evidence.predecessor.raw))
+        if evidence.overlap is not None:
+            (folder / OVERLAP).write_bytes(overlap_json(evidence.overlap))
         report = compute_report(evidence.journal, evidence.battery, [policy], evidence.predecessor)
         save_report(report, folder / HOME)
         if not (folder / "README.md").exists():
@@ -308,7 +314,7 @@ def model_card(name: str, decision: Decision, evidence: Evidence, policy: Policy
     rows = [
         f"| {criterion.metric} | {criterion.n:,} | {criterion.upper:.2%} | {criterion.threshold:.2%} |"
         for criterion in decision.criteria
-        if criterion.upper is not None and criterion.against == "limit"
+        if criterion.upper is not None and criterion.against == "limit" and criterion.metric != "overlap"
     ]
     before = decision.report.predecessor if decision.report is not None else None
     compared: list[str] = []
@@ -334,6 +340,7 @@ def model_card(name: str, decision: Decision, evidence: Evidence, policy: Policy
             "",
             f"Battery `{battery.name}`, version {battery.version}, tier {battery.tier}: {len(battery.probes()):,} "
             f"probes ({languages}), run from {plan.started} to {evidence.journal.finished}.",
+            f"Attempt {plan.attempt} on this model. Probes in its training data: {decision.training_data}.",
             "The whole test is in `steelyard/`: every answer and score (`journal.jsonl`), the report (`report.html`).",
             "",
             "## Limits",

@@ -39,6 +39,7 @@ from steelyard.release.bundle import (
     JOURNAL,
     MANIFEST,
     MAX_FILES,
+    OVERLAP,
     POLICY,
     PREDECESSOR,
     REPORT,
@@ -49,19 +50,14 @@ from steelyard.release.bundle import (
     statement_configuration,
     statement_subjects,
 )
-from steelyard.release.gate import (
-    CLOCKS_APART,
-    NAME,
-    Evidence,
-    check_evidence,
-    check_key_rules,
-    check_shipped,
-    read_evidence,
-    same_policy,
-)
+from steelyard.release.checks_evidence import NAME, check_evidence, same_policy
+from steelyard.release.checks_model import check_shipped
+from steelyard.release.evidence import CLOCKS_APART, Evidence, read_evidence
+from steelyard.release.gate import check_key_rules
 from steelyard.release.keys import KeyEvent, load_public_key, read_key_event
 from steelyard.safety.criteria import CriterionResult
 from steelyard.safety.journal import Finding, Journal
+from steelyard.safety.overlap import in_words
 from steelyard.safety.policy import Policy, load_policy
 
 
@@ -355,7 +351,13 @@ def _time(statement: Statement | None, otherwise: datetime) -> datetime:
 def _read_evidence(folder: Path, findings: list[Finding]) -> Evidence | None:
     try:
         return read_evidence(
-            folder, journal=JOURNAL, battery=BATTERY, report=REPORT, policies=[POLICY], predecessor=PREDECESSOR
+            folder,
+            journal=JOURNAL,
+            battery=BATTERY,
+            report=REPORT,
+            policies=[POLICY],
+            predecessor=PREDECESSOR,
+            overlap=OVERLAP,
         )
     except SteelyardError as error:
         findings.append(Finding("unreadable", _relative(error, folder)))
@@ -386,6 +388,8 @@ def _seen(evidence: Evidence, subject: Subject, policy: Policy | None) -> list[t
         ("battery", f"{battery.name} version {battery.version}, tier {battery.tier}, {battery.digest}"),
         ("run", f"{plan.run}, {plan.started} to {evidence.journal.finished}"),
         ("endpoint", endpoint),
+        ("attempt", str(plan.attempt)),
+        ("probes in the training data", in_words(evidence.overlap)),
         ("journal root", evidence.journal.root),
         *([] if evidence.predecessor is None else _seen_before(evidence.predecessor)),
         ("code", plan.code),

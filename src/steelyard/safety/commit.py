@@ -18,6 +18,7 @@ from steelyard.base.canonical import canonical_json, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import write_atomic
 from steelyard.base.progress import Progress
+from steelyard.safety.attempts import attempts, kin, sketch
 from steelyard.safety.battery import Battery
 from steelyard.safety.journal import Committed, End, Journal, JournalWriter, Plan, check_journal, read_journal
 from steelyard.safety.policy import Policy
@@ -38,8 +39,8 @@ def started(folder: Path) -> bool:
     return (folder / NOTE).exists()
 
 
-def commitment(plan: Plan) -> dict[str, Any]:
-    """The payload of `safety.committed`."""
+def commitment(plan: Plan, battery: Battery) -> dict[str, Any]:
+    """The payload of `safety.committed`. `questions` and `kin` tell which starts are tries at one test."""
     return {
         "run": plan.run,
         "role": plan.role,
@@ -49,23 +50,18 @@ def commitment(plan: Plan) -> dict[str, Any]:
         "scorers": {name: identity.digest for name, identity in plan.scorers.items()},
         "code": plan.code,
         "seed": plan.seed,
+        "questions": sketch(battery),
+        "kin": kin(plan.subject),
         "predecessor": None if plan.predecessor is None else plan.predecessor.model_dump(mode="json"),
     }
-
-
-def attempts(ledger: Ledger, subject: str, battery: str, until: int) -> int:
-    """How many candidates' runs were committed on this subject and battery, up to event `until`. A predecessor's run is
-    none: nothing is released on it."""
-    events = ledger.events("safety.committed", subject=subject, battery=battery)
-    return sum(event.seq <= until and event.payload.get("role") != "predecessor" for event in events)
 
 
 def open_journal(plan: Plan, path: Path, battery: Battery, ledger: Ledger) -> JournalWriter:
     """The journal at `path`, to go on with: one that is there already (of the same parts), or a new, committed one."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        run, event = _commit(plan, path.parent, ledger)
-        attempt = attempts(ledger, plan.subject_digest, plan.battery, event.seq) or 1
+        run, event = _commit(plan, battery, path.parent, ledger)
+        attempt = attempts(ledger, event.payload, event.seq)
         update = {"run": run, "committed": Committed(seq=event.seq, hash=event.hash), "attempt": attempt}
         return JournalWriter.create(path, plan.model_copy(update=update))
     writer = JournalWriter.resume(path, plan, battery, measured=plan.role == "predecessor")
@@ -81,7 +77,7 @@ def open_journal(plan: Plan, path: Path, battery: Battery, ledger: Ledger) -> Jo
     return writer
 
 
-def _commit(plan: Plan, folder: Path, ledger: Ledger) -> tuple[str, Event]:
+def _commit(plan: Plan, battery: Battery, folder: Path, ledger: Ledger) -> tuple[str, Event]:
     """The ledger event that commits this run, before anything is generated, and its run id.
 
     The id is noted in `run.json` first: a run killed between the event and its journal's first line finds its own
@@ -93,7 +89,7 @@ def _commit(plan: Plan, folder: Path, ledger: Ledger) -> tuple[str, Event]:
             plan = plan.model_copy(update={"run": str(json.loads(noted.read_bytes())["run"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise FormatError(f"{noted}: damaged: give a new run folder") from error
-    payload = commitment(plan)
+    payload = commitment(plan, battery)
     for event in ledger.events("safety.committed", run=plan.run):
         if event.payload == payload:
             return plan.run, event

@@ -72,10 +72,20 @@ class Policy(_Strict):
     tiers: tuple[Tier, ...] = Field(min_length=1)
     criteria: tuple[Criterion, ...]
     max_report_age_days: float = Field(gt=0)
+    max_calibration_age_days: float = Field(gt=0, description="of every scorer's calibration, at the time of release")
     max_identical_samples: float = Field(
         gt=0, le=1, description="of a probe's k samples, the mean share that may repeat another"
     )
-    max_attempts: int = Field(ge=1, description="how many runs may have been started on this subject and battery")
+    max_attempts: int = Field(
+        ge=1, description="how many runs may have been started on this subject with this battery, or one of its like"
+    )
+    max_candidates: int = Field(
+        ge=1, description="how many subjects that differ in their weights alone may have been tried since a release"
+    )
+    training_data: Literal["declared", "any"] = Field(
+        description="declared: all that the candidate was trained on was searched for probes; any: it may be unknown"
+    )
+    max_overlap: float = Field(ge=0, le=1, description="of an axis, the share of probes that the search may find")
     scorers: dict[str, tuple[str, ...]] = Field(
         description="scorer name: accepted pins (weights, errors, canaries); empty: any"
     )

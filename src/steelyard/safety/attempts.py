@@ -1,0 +1,81 @@
+"""How often a test was tried: every start is in the ledger, and some starts are tries at one and the same test.
+
+Two batteries are alike where at least half of their questions are the same: another seed, another name, more samples,
+a few reworded probes do not make another test. Questions are compared by a sketch (Broder 1997, "On the resemblance and
+containment of documents"): the smallest `SKETCH` hashes of their words, committed before the first generation.
+
+A start counts whatever became of it, and whatever role the model had: who tries a model as another's predecessor has
+looked at it all the same. Subjects that differ in their weights alone are candidates of one kin: trained again, with
+another seed or otherwise, until one passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from steelyard.base.canonical import digest, sha256_hex
+from steelyard.corpus.words import words
+from steelyard.model.identity import Subject
+from steelyard.safety.battery import Battery
+
+if TYPE_CHECKING:  # `verify` reads this module too, and needs no database
+    from steelyard.ledger.ledger import Event, Ledger
+
+SKETCH = 64  # hashes: two batteries' likeness is then known to about 6 points
+ALIKE = 0.5
+
+
+def sketch(battery: Battery) -> list[str]:
+    """The `SKETCH` smallest of the questions' hashes (16 hex digits each), ascending; all of a small battery's."""
+    hashes = {sha256_hex(" ".join(words(probe.prompt)).encode())[:16] for probe in battery.probes()}
+    return sorted(hashes)[:SKETCH]
+
+
+def alike(one: Collection[str], other: Collection[str]) -> bool:
+    """Whether two sketches say that at least half of all the questions of both are common to both."""
+    smallest = sorted({*one, *other})[:SKETCH]
+    common = set(one) & set(other)
+    return bool(smallest) and sum(value in common for value in smallest) >= ALIKE * len(smallest)
+
+
+def kin(subject: Subject) -> str:
+    """SHA-256 (hex) of what candidates of one kin have in common: configuration, tokenizer and type of the weights."""
+    return digest([subject.config, subject.tokenizer, subject.dtype])
+
+
+def attempts(ledger: Ledger, committed: Mapping[str, Any], until: int) -> int:
+    """How many runs were started on this subject with a like battery, up to event `until`. `committed` is the payload
+    of a run's `safety.committed`."""
+    return sum(payload["subject"] == committed["subject"] for payload in _starts(ledger, committed, until))
+
+
+def candidates(ledger: Ledger, committed: Mapping[str, Any], until: int) -> int:
+    """How many subjects of this one's kin were tried with a like battery up to event `until`, this one among them:
+    since the last release of one of the kin, and without those that were released themselves."""
+    releases = releases_of_kin(ledger, committed["kin"])
+    released = {event.payload["subject"] for event in releases}
+    since = max((event.seq for event in releases if event.seq < until), default=0)
+    tried = {
+        payload["subject"]
+        for payload in _starts(ledger, committed, until, since)
+        if payload.get("kin") == committed["kin"]
+    }
+    return len((tried - released) | {committed["subject"]})
+
+
+def releases_of_kin(ledger: Ledger, kin: str) -> list[Event]:
+    """The `release.bundled` events of subjects of that kin, oldest first, whatever they were released as."""
+    family = {
+        event.payload["subject"] for event in ledger.events("safety.committed") if event.payload.get("kin") == kin
+    }
+    return [event for event in ledger.events("release.bundled") if event.payload.get("subject") in family]
+
+
+def _starts(ledger: Ledger, committed: Mapping[str, Any], until: int, since: int = 0) -> list[Mapping[str, Any]]:
+    """The payloads of all starts with a like battery."""
+    return [
+        event.payload
+        for event in ledger.events("safety.committed")
+        if since < event.seq <= until and alike(event.payload.get("questions", ()), committed["questions"])
+    ]
