@@ -1,7 +1,7 @@
-"""Do the bounds hold? Simulation of every bound that decides on a release, on a declared grid: `make bench-statistics`.
+"""Do the bounds hold? Every bound that decides on a release, simulated on a declared grid: `make bench-statistics`.
 
-Printed: the lowest coverage of a nominal one-sided 95% bound over all cells [coverage_min], the largest mean coverage of
-a kind of bound [coverage_mean], the highest share of releases where exactly one true rate sits at its threshold
+Printed: the lowest coverage of a nominal one-sided 95% bound over all cells [coverage_min], the largest mean coverage
+of a kind of bound [coverage_mean], the highest share of releases where exactly one true rate sits at its threshold
 [false_release], of stops of a run whose rate sits at its threshold [false_stop], and for users the number of prompts at
 which a model at half of a threshold is released with 80% [power]. `out/statistics_cells.json` holds every cell.
 
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ POWER, POWER_ICC, POWER_RUNS, POWER_PROMPTS = 0.8, 0.3, 2_000, 200_000
 # -- scorers ---------------------------------------------------------------------------------------------------------
 
 
+@cache
 def shipped() -> dict[str, ScorerErrors | None]:
     """The errors of the shipped scorers by `SCORER.CATEGORY.SIDE`, for the sides that a battery's metrics ask for."""
     calibrations = {}
@@ -155,7 +157,10 @@ def seen_counts(size: int, true: Floats, errors: ScorerErrors | None) -> Floats:
         return true
     found = np.zeros(size + 1)
     for events, share in enumerate(true):
-        right, wrong = binomial(events, float(errors.sensitivity)), binomial(size - events, 1 - float(errors.specificity))
+        right, wrong = (
+            binomial(events, float(errors.sensitivity)),
+            binomial(size - events, 1 - float(errors.specificity)),
+        )
         found += share * np.convolve(right, wrong)
     return found
 
@@ -173,11 +178,12 @@ def rate_bounds(
 ) -> tuple[Floats, Floats]:
     """(lower, upper) as a report computes them; `errors` are the calibration's."""
     size = histogram.shape[-1] - 1
-    n_eff, lower, upper = statistics.clustered_bounds(np.arange(size + 1), size, confidence, histogram)
-    if errors is not None:
-        observed = (histogram @ np.arange(size + 1)) / (histogram.sum(axis=-1) * size)
-        lower, _, upper = statistics.corrected_bounds(observed, n_eff, errors, confidence)
-    return lower, upper
+    counts = np.arange(size + 1)
+    if errors is None:
+        return statistics.clustered_bounds(counts, size, confidence, histogram)[1:]
+    observed = (histogram @ counts) / (histogram.sum(axis=-1) * size)
+    n_eff = statistics.effective_sample(counts, size, confidence, histogram)
+    return statistics.corrected_bounds(observed, n_eff, errors, confidence)[::2]
 
 
 def covered(kind: str, cell: Cell, truth: float, lower: Floats, upper: Floats) -> list[Cell]:
@@ -235,7 +241,9 @@ def paired_sums(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generato
     else:
         more, less = rates[..., 0], rates[..., 1]
     ups = rng.binomial(cell["samples"], np.clip(more, 0, 1))
-    return np.asarray(ups - rng.binomial(cell["samples"] - ups, np.clip(less / np.maximum(1 - more, 1e-300), 0, 1)), float)
+    return np.asarray(
+        ups - rng.binomial(cell["samples"] - ups, np.clip(less / np.maximum(1 - more, 1e-300), 0, 1)), float
+    )
 
 
 def paired_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> list[Cell]:
@@ -392,12 +400,14 @@ def simulate_all(parts: Sequence[str], grid: Grid, jobs: int) -> list[Cell]:
             found += cells
             if time.monotonic() - said > 10 or number == len(tasks):
                 said = time.monotonic()
-                print(f"{tasks[number - 1][0]}: {number:,} of {len(tasks):,} cells, {said - start:.0f} s", file=sys.stderr)
+                print(
+                    f"{tasks[number - 1][0]}: {number:,} of {len(tasks):,} cells, {said - start:.0f} s", file=sys.stderr
+                )
     return found
 
 
 def summarise(cells: Sequence[Cell]) -> list[Row]:
-    """Print what users need, and give the rows that bars are set on. A coverage is in per cent, beside what is asked."""
+    """Print what users need, and give the rows that bars are set on, in per cent beside what is asked."""
     coverage: dict[str, list[Cell]] = {}
     for cell in cells:
         if "coverage" in cell:
@@ -405,7 +415,9 @@ def summarise(cells: Sequence[Cell]) -> list[Row]:
     table = []
     for kind, those in coverage.items():
         worst = min(those, key=lambda cell: cell["coverage"])
-        where = ", ".join(f"{k} {v}" for k, v in worst.items() if k not in ("bound", "coverage", "runs") and v is not None)
+        where = ", ".join(
+            f"{k} {v}" for k, v in worst.items() if k not in ("bound", "coverage", "runs") and v is not None
+        )
         mean, under = np.mean([cell["coverage"] for cell in those]), sum(cell["coverage"] < 0.94 for cell in those)
         table.append((kind, f"{len(those)}", f"{worst['coverage']:.2%}", f"{under}", f"{mean:.2%}", where))
     if table:
@@ -413,7 +425,9 @@ def summarise(cells: Sequence[Cell]) -> list[Row]:
     power = [cell for cell in cells if cell["bound"] == "power"]
     if power:
         columns = sorted({(cell["scorer"] or "no scorer", cell["samples"]) for cell in power})
-        prompts = {(cell["threshold"], cell["scorer"] or "no scorer", cell["samples"]): cell["prompts"] for cell in power}
+        prompts = {
+            (cell["threshold"], cell["scorer"] or "no scorer", cell["samples"]): cell["prompts"] for cell in power
+        }
         print_table(
             f"prompts at which a model at half the threshold is released with {POWER:.0%} (correlation {POWER_ICC})",
             ("threshold", *(f"{name}, x {samples}" for name, samples in columns)),

@@ -331,8 +331,8 @@ bound is simultaneous over all pairs (Bonferroni), its upper bound the largest o
 <p>A difference from the predecessor is paired by sample: same prompt, same seed. Of each side the wider bound counts,
 Student's between template families or that of the studentised cluster bootstrap ({statistics.RESAMPLES:,} draws of
 whole families); both are corrected by the scorer's Youden index. McNemar's exact test takes pairs for independent, so
-it is shown only. Improved: the upper bound lies under zero. Worse: the lower one lies over it. Gaps are not
-compared.</p>
+it is shown only. Improved or worse is claimed where the p value that belongs to the bounds, adjusted for the number of
+metrics compared (Holm 1979), is at most 5%. Gaps are not compared.</p>
 <p>PASS: the upper bound lies under the threshold. FAIL: the lower bound lies over it. INCONCLUSIVE: they straddle it.
 INCOMPLETE: something is missing, edited, in error, or cannot be certified.</p>
 """

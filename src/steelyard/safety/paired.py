@@ -153,9 +153,7 @@ def _claimed(differences: Sequence[Difference]) -> list[Difference]:
             return "undecided"
         return "worse" if one.estimate > 0 else "improved"
 
-    return [
-        one.model_copy(update={"p": rounded(together.get(one.metric)), "said": said(one)}) for one in differences
-    ]
+    return [one.model_copy(update={"p": rounded(together.get(one.metric)), "said": said(one)}) for one in differences]
 
 
 def _difference(mine: Observations, its: Observations, calibration: Calibration | None) -> Difference:

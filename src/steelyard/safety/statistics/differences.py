@@ -28,7 +28,7 @@ _TOGETHER = 200  # rows resampled at a time
 
 
 def cluster_mean(sums: npt.ArrayLike, sizes: npt.ArrayLike, number: npt.ArrayLike = 1) -> tuple[Array, Array, Array]:
-    """(mean, standard error, clusters) of a mean over clusters, from each cluster's sum and size, shape (..., clusters).
+    """(mean, standard error, clusters) of a mean over clusters, from clusters' sums and sizes, (..., clusters).
 
     The mean is the ratio estimator sum(y) / sum(m), its variance C/(C-1) * sum((y_c - mean m_c)^2) / sum(m)^2 (Cochran
     1977, section 6.4, for clusters drawn with replacement). `number` as in `rates`.
@@ -96,9 +96,7 @@ def resampled_t(sums: npt.ArrayLike, sizes: npt.ArrayLike) -> tuple[Array, npt.N
     return t, (~np.isnan(t)).sum(axis=-1)
 
 
-def cluster_bootstrap(
-    sums: npt.ArrayLike, sizes: npt.ArrayLike, confidence: float = CONFIDENCE
-) -> tuple[Array, Array]:
+def cluster_bootstrap(sums: npt.ArrayLike, sizes: npt.ArrayLike, confidence: float = CONFIDENCE) -> tuple[Array, Array]:
     """(lower, upper) of a mean over clusters, from each cluster's sum and size: the studentised cluster bootstrap.
 
     Clusters are drawn with replacement; of every draw t* = (mean* - mean) / se*, se the ratio estimator's standard
@@ -119,9 +117,7 @@ def cluster_bootstrap(
     return np.where(unknown, np.nan, mean - high * spread), np.where(unknown, np.nan, mean - low * spread)
 
 
-def difference_bounds(
-    sums: npt.ArrayLike, sizes: npt.ArrayLike, confidence: float = CONFIDENCE
-) -> tuple[Array, Array]:
+def difference_bounds(sums: npt.ArrayLike, sizes: npt.ArrayLike, confidence: float = CONFIDENCE) -> tuple[Array, Array]:
     """(lower, upper) of a mean difference: of each side the wider of `cluster_t` and `cluster_bootstrap`. The second
     sees how skew the differences are, but knows less of few clusters."""
     student, bootstrap = cluster_t(sums, sizes, confidence), cluster_bootstrap(sums, sizes, confidence)
@@ -221,8 +217,7 @@ def paired_difference(
     n_eff, differing = float(declared_effective_n(m)), int((difference != 0).sum())
     bound = Bound(int(m.sum()), len(m), differing, n_eff, estimate, lower, upper)
     student, bootstrap = (
-        (float(low), float(high))
-        for low, high in (cluster_t(y, m, confidence), cluster_bootstrap(y, m, confidence))
+        (float(low), float(high)) for low, high in (cluster_t(y, m, confidence), cluster_bootstrap(y, m, confidence))
     )
     found = Paired(bound, student, None if np.isnan(bootstrap[0]) else bootstrap, difference_p(y, m), None, None, None)
     if not (np.isin(mine, (0, 1)).all() and np.isin(its, (0, 1)).all()):

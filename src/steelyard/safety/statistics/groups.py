@@ -67,9 +67,7 @@ def pair_bounds(
     each pair's own.
     """
     y, n = np.asarray(sums, float), np.asarray(counts, float)
-    shared = {
-        (i, j): both for i, j in combinations(range(len(n)), 2) if (both := (n[i] > 0) & (n[j] > 0)).sum() >= 2
-    }
+    shared = {(i, j): both for i, j in combinations(range(len(n)), 2) if (both := (n[i] > 0) & (n[j] > 0)).sum() >= 2}
     corrected = 1 - (1 - confidence) / (2 * max(len(shared), 1))
     found = []
     for (i, j), both in shared.items():
