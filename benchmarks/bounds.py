@@ -5,14 +5,10 @@ of a kind of bound [coverage_mean], the highest share of releases where exactly 
 [false_release], of stops of a run whose rate sits at its threshold [false_stop], and for users the number of prompts at
 which a model at half of a threshold is released with 80% [power]. `out/statistics_cells.json` holds every cell.
 
-Models of the data. A cluster's rate is beta distributed with the intra-cluster correlation asked for, its samples
-are independent given the rate (beta-binomial); of pairs of models the four outcomes (worse, better, both, neither) are
-Dirichlet-multinomial. Clusters are drawn as histograms (multinomial over the counts a cluster can have), which is the
-same and fast. A scorer's sensitivity and specificity are those of the shipped cards, its calibration is drawn anew each
-time from as many labels as the card's, and every sample is judged by it with its errors.
+What the data are like stands in `bounds_data.py`.
 
-The rule on Monte-Carlo error: the estimate itself must lie within the bar, with no allowance. One of 10,000
-replications has a standard error of 0.22 points at 95%, so a true coverage of 94.7% and less than 40,000 cells pass.
+The rule on Monte-Carlo error: the estimate itself must lie within the bar, with no allowance. At 95% its standard error
+is 0.22 points with 10,000 replications and 0.34 with 4,000, so the lowest of many is low by chance.
 """
 
 from __future__ import annotations
@@ -26,14 +22,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from bounds_data import (
+    Cell,
+    Floats,
+    Scorers,
+    beta_binomial,
+    calibrated,
+    histograms,
+    paired_sums,
+    rate_bounds,
+    seen_counts,
+    shipped,
+)
 from harness import OUT, Row, report
-from scipy.special import betaln, gammaln
 
 from steelyard.cli.output import print_table
 from steelyard.safety import statistics
@@ -42,11 +46,8 @@ from steelyard.safety.criteria import Measurement, judge
 from steelyard.safety.policy import Criterion, load_policy
 from steelyard.safety.run import STOP_CHECKS, STOP_CONFIDENCE, STOP_MINIMUM
 from steelyard.safety.statistics import ScorerErrors
-from steelyard.scorers.base import Calibration
 
 SEED = 20240415
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,90 +101,7 @@ POWER_THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.3)
 POWER, POWER_ICC, POWER_RUNS, POWER_PROMPTS = 0.8, 0.3, 2_000, 200_000
 
 
-# -- scorers ---------------------------------------------------------------------------------------------------------
-
-
-@cache
-def shipped() -> dict[str, ScorerErrors | None]:
-    """The errors of the shipped scorers by `SCORER.CATEGORY.SIDE`, for the sides that a battery's metrics ask for."""
-    calibrations = {}
-    folder = resources.files("steelyard.scorers") / "weights"
-    for path in sorted(Path(str(folder)).glob("*.json")):
-        for category, values in json.loads(path.read_bytes())["categories"].items():
-            calibrations[path.stem, category] = Calibration.model_validate(values)
-    asked = {
-        (metric.scorer, metric.category, metric.event)
-        for metric in load_battery("quick").metrics
-        if isinstance(metric, RateMetric)
-    }
-    return {
-        f"{scorer}.{category}.{event}": ScorerErrors.of(calibrations[scorer, category], event)
-        for scorer, category, event in sorted(asked)
-    }
-
-
-def calibrated(errors: ScorerErrors, runs: int, rng: np.random.Generator) -> ScorerErrors:
-    """What as many labels say of a scorer whose true errors these are, `runs` times."""
-    return ScorerErrors(
-        rng.binomial(int(errors.positives), errors.sensitivity, runs) / errors.positives,
-        errors.positives,
-        rng.binomial(int(errors.negatives), errors.specificity, runs) / errors.negatives,
-        errors.negatives,
-    )
-
-
-# -- data ------------------------------------------------------------------------------------------------------------
-
-
-def binomial(size: int, rate: Floats | float) -> Floats:
-    """Probabilities of 0 to `size` events, shape (..., size + 1)."""
-    y, p = np.arange(size + 1), np.clip(np.asarray(rate, float), 1e-15, 1 - 1e-15)[..., None]
-    choose = gammaln(size + 1) - gammaln(y + 1) - gammaln(size - y + 1)
-    return np.asarray(np.exp(choose + y * np.log(p) + (size - y) * np.log1p(-p)))
-
-
-def beta_binomial(size: int, rate: float, icc: float) -> Floats:
-    """The same where the rate of a cluster is beta distributed with mean `rate` and intra-cluster correlation `icc`."""
-    if icc == 0:
-        return binomial(size, rate)
-    y, a, b = np.arange(size + 1), rate * (1 - icc) / icc, (1 - rate) * (1 - icc) / icc
-    choose = gammaln(size + 1) - gammaln(y + 1) - gammaln(size - y + 1)
-    return np.asarray(np.exp(choose + betaln(y + a, size - y + b) - betaln(a, b)))
-
-
-def seen_counts(size: int, true: Floats, errors: ScorerErrors | None) -> Floats:
-    """Probabilities of the events that a scorer sees in a cluster, from those of the true ones."""
-    if errors is None:
-        return true
-    found = np.zeros(size + 1)
-    for events, share in enumerate(true):
-        right, wrong = (
-            binomial(events, float(errors.sensitivity)),
-            binomial(size - events, 1 - float(errors.specificity)),
-        )
-        found += share * np.convolve(right, wrong)
-    return found
-
-
-def histograms(
-    clusters: int, size: int, rate: float, icc: float, errors: ScorerErrors | None, shape: Sequence[int], rng: Any
-) -> Any:
-    """How many of the clusters have 0 to `size` seen events; of shape (*shape, size + 1)."""
-    share = seen_counts(size, beta_binomial(size, rate, icc), errors)
-    return rng.multinomial(clusters, share / share.sum(), size=tuple(shape))
-
-
-def rate_bounds(
-    histogram: Any, errors: ScorerErrors | None, confidence: float = statistics.CONFIDENCE
-) -> tuple[Floats, Floats]:
-    """(lower, upper) as a report computes them; `errors` are the calibration's."""
-    size = histogram.shape[-1] - 1
-    counts = np.arange(size + 1)
-    if errors is None:
-        return statistics.clustered_bounds(counts, size, confidence, histogram)[1:]
-    observed = (histogram @ counts) / (histogram.sum(axis=-1) * size)
-    n_eff = statistics.effective_sample(counts, size, confidence, histogram)
-    return statistics.corrected_bounds(observed, n_eff, errors, confidence)[::2]
+# -- coverage --------------------------------------------------------------------------------------------------------
 
 
 def covered(kind: str, cell: Cell, truth: float, lower: Floats, upper: Floats) -> list[Cell]:
@@ -194,10 +112,7 @@ def covered(kind: str, cell: Cell, truth: float, lower: Floats, upper: Floats) -
     ]
 
 
-# -- coverage --------------------------------------------------------------------------------------------------------
-
-
-def rate_cells(grid: Grid, scorers: dict[str, ScorerErrors | None]) -> Iterator[Cell]:
+def rate_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
     for name in (None, *scorers):
         for rate, prompts, samples, icc, family in itertools.product(
             grid.rates, grid.prompts, grid.samples, grid.icc, grid.families if name is None else (1,)
@@ -215,7 +130,7 @@ def rate_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator)
     return covered(kind, cell, cell["rate"], *rate_bounds(drawn, known))
 
 
-def paired_cells(grid: Grid, scorers: dict[str, ScorerErrors | None]) -> Iterator[Cell]:
+def paired_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
     for name in (None, *scorers):
         for outcomes, prompts, samples, icc in itertools.product(
             grid.paired, grid.paired_prompts, grid.samples if name is None else (1, 5), grid.paired_icc
@@ -223,27 +138,6 @@ def paired_cells(grid: Grid, scorers: dict[str, ScorerErrors | None]) -> Iterato
             if samples > 1 or icc == grid.paired_icc[0]:
                 cell = {"outcomes": outcomes, "prompts": prompts, "samples": samples, "icc": icc}
                 yield cell | {"scorer": name, "runs": grid.paired_runs}
-
-
-def paired_sums(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> Floats:
-    """Worse minus better samples of every cluster, as seen; shape (runs, prompts)."""
-    worse, better, both = cell["outcomes"]
-    outcomes = np.array([worse, better, both, 1 - worse - better - both])
-    shape, icc = (cell["runs"], cell["prompts"]), cell["icc"]
-    rates = np.broadcast_to(outcomes, (*shape, 4))
-    if icc:
-        gammas = rng.standard_gamma(outcomes * (1 - icc) / icc, size=(*shape, 4))
-        rates = gammas / gammas.sum(axis=-1, keepdims=True)
-    if errors is not None:  # chances that an event, and a sample without, are taken for an event
-        hit, miss = float(errors.sensitivity), 1 - float(errors.specificity)
-        after, before = np.array([hit, miss, hit, miss]), np.array([miss, hit, hit, miss])
-        more, less = rates @ (after * (1 - before)), rates @ (before * (1 - after))
-    else:
-        more, less = rates[..., 0], rates[..., 1]
-    ups = rng.binomial(cell["samples"], np.clip(more, 0, 1))
-    return np.asarray(
-        ups - rng.binomial(cell["samples"] - ups, np.clip(less / np.maximum(1 - more, 1e-300), 0, 1)), float
-    )
 
 
 def paired_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> list[Cell]:
@@ -256,7 +150,7 @@ def paired_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generato
     return covered("paired", cell, cell["outcomes"][0] - cell["outcomes"][1], lower, upper)
 
 
-def gap_cells(grid: Grid, scorers: dict[str, ScorerErrors | None]) -> Iterator[Cell]:
+def gap_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
     for name in (None, *(key for key in scorers if key.endswith("above"))):
         for rates, groups, templates, samples, shared in itertools.product(
             grid.gaps, grid.groups, grid.templates, grid.gap_samples if name is None else (1,), grid.shared
@@ -287,7 +181,7 @@ def gap_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) 
 # -- decisions -------------------------------------------------------------------------------------------------------
 
 
-def release_cells(grid: Grid, scorers: dict[str, ScorerErrors | None]) -> Iterator[Cell]:
+def release_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
     """Every criterion on a rate of both policies at its threshold, the others at a tenth of theirs."""
     battery = {metric.id: metric for metric in load_battery("quick").metrics}
     for policy in map(load_policy, ("preview", "public")):
@@ -302,7 +196,7 @@ def release_cells(grid: Grid, scorers: dict[str, ScorerErrors | None]) -> Iterat
             yield cell | {"size": size, "icc": icc, "runs": grid.runs, "scorer": used.get(metric)}
 
 
-def release_cell(cell: Cell, scorers: dict[str, ScorerErrors | None], rng: np.random.Generator) -> list[Cell]:
+def release_cell(cell: Cell, scorers: Scorers, rng: np.random.Generator) -> list[Cell]:
     """The share of runs in which `criteria.judge` passes every criterion."""
     passed = np.ones(cell["runs"], dtype=bool)
     order = sorted(cell["limits"], key=lambda name: name != cell["at"])  # that one first: few are left to judge
@@ -321,7 +215,7 @@ def release_cell(cell: Cell, scorers: dict[str, ScorerErrors | None], rng: np.ra
     return [{"bound": "release", "released": float(passed.mean())} | said]
 
 
-def stop_cells(grid: Grid, scorers: dict[str, ScorerErrors | None]) -> Iterator[Cell]:
+def stop_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
     for name, rate, (clusters, size), icc in itertools.product(
         (None, *scorers), (0.02, 0.1, 0.3), grid.shapes, (0.1, 0.3, 0.6)
     ):
@@ -342,7 +236,7 @@ def stop_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator)
     return [{"bound": "stop", "stopped": float(stopped.mean())} | cell]
 
 
-def power_cells(grid: Grid, scorers: dict[str, ScorerErrors | None]) -> Iterator[Cell]:
+def power_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
     for name, threshold, samples in itertools.product((None, *scorers), POWER_THRESHOLDS, (1, 5)):
         yield {"threshold": threshold, "samples": samples, "icc": POWER_ICC, "scorer": name, "runs": POWER_RUNS}
 

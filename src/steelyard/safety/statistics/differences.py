@@ -132,7 +132,7 @@ def difference_p(sums: npt.ArrayLike, sizes: npt.ArrayLike) -> float:
     distance = float(abs(mean))
     if distance == 0:
         return 1.0
-    one_sided = (1 - distance) ** float(declared_effective_n(sizes))  # `unseen_margin`, solved for alpha
+    one_sided: float = (1 - distance) ** float(declared_effective_n(sizes))  # `unseen_margin`, solved for alpha
     if spread > 0:
         t = float(mean / spread)
         one_sided = max(one_sided, float(stdtr(count - 1, -abs(t))))
@@ -211,14 +211,14 @@ def paired_difference(
         raise StatisticsError("a sample of one of the two has no value: pairs are missing")
     difference = mine - its
     y, m = totals(difference, clusters)
-    low, high = difference_bounds(y, m, confidence)
+    student, bootstrap = (
+        (float(low), float(high)) for low, high in (cluster_t(y, m, confidence), cluster_bootstrap(y, m, confidence))
+    )
+    low, high = np.fmin(student[0], bootstrap[0]), np.fmax(student[1], bootstrap[1])  # as `difference_bounds`
     errors = None if calibration is None else ScorerErrors.of(calibration, event)
     lower, estimate, upper = map(float, through_scorer(low, y.sum() / m.sum(), high, errors, confidence))
     n_eff, differing = float(declared_effective_n(m)), int((difference != 0).sum())
     bound = Bound(int(m.sum()), len(m), differing, n_eff, estimate, lower, upper)
-    student, bootstrap = (
-        (float(low), float(high)) for low, high in (cluster_t(y, m, confidence), cluster_bootstrap(y, m, confidence))
-    )
     found = Paired(bound, student, None if np.isnan(bootstrap[0]) else bootstrap, difference_p(y, m), None, None, None)
     if not (np.isin(mine, (0, 1)).all() and np.isin(its, (0, 1)).all()):
         return found
