@@ -23,6 +23,7 @@ from steelyard.safety.statistics import (
     cluster_t,
     clustered_bounds,
     clustered_rate,
+    corrected_bounds,
     corrected_rate,
     declared_effective_n,
     difference_bounds,
@@ -30,8 +31,9 @@ from steelyard.safety.statistics import (
     effective_sample,
     group_gap,
     holm,
-    lang_reiczigel,
     mcnemar,
+    net_bounds,
+    pair_bounds,
     paired_difference,
     sample_to_settle,
     wilson,
@@ -114,10 +116,13 @@ def test_korn_and_graubards_effective_sample_by_hand() -> None:
     t9, t49 = 1.8331129, 1.6765509  # Student's t, one-sided 5%
     estimated = p * (1 - p) / variance * (t49 / t9) ** 2
     assert estimated < 50
-    seen = 1 + (50 / estimated - 1) * (1 + 2 / 8)  # eight clusters with an event: its own doubt
+    squares = (y - p * m) ** 2
+    k = min(8, 2 * squares.sum() ** 2 / (squares**2).sum())  # eight clusters with an event, the variance rests on fewer
+    assert 7 < k < 8
+    seen = 1 + (50 / estimated - 1) * (1 + 2 / k)
     in_general = 1 + 4 * statistics.DECLARED_ICC  # Kish, five samples a cluster
     assert seen < in_general
-    effect = seen + statistics.DECLARED_CLUSTERS / 8 * (in_general - seen)
+    effect = seen + statistics.DECLARED_CLUSTERS / k * (in_general - seen)
     assert float(effective_sample(y, m)) == pytest.approx(50 / effect, rel=1e-6)
     # One cluster with an event: what is declared for none, unless more is seen.
     one = np.array([1] + [0] * 9)
@@ -163,21 +168,24 @@ def test_coverage_of_a_clustered_rate() -> None:
 # -- through a scorer ------------------------------------------------------------------------------------------------
 
 
-def test_rogan_and_gladens_estimate_and_lang_and_reiczigels_bounds() -> None:
-    # Two-sided 95% for 259 positives of 1,000 with Se 90/100 and Sp 180/200, by the formulas of the paper.
+def test_rogan_and_gladens_estimate_with_the_margins_of_all_three_parts() -> None:
     errors = ScorerErrors(0.9, 100, 0.9, 200)
-    z = 1.959963985
-    rate, se, sp = (259 + z**2 / 2) / (1000 + z**2), 91 / 102, 181 / 202
-    p = (rate + sp - 1) / (se + sp - 1)
-    var_se, var_sp = se * (1 - se) / 102, sp * (1 - sp) / 202
-    spread = np.sqrt(rate * (1 - rate) / (1000 + z**2) + p**2 * var_se + (1 - p) ** 2 * var_sp) / (se + sp - 1)
-    shift = 2 * z**2 * (p * var_se - (1 - p) * var_sp)
-    lower, upper = lang_reiczigel(0.259, 1000, errors, 0.975)
-    assert float(lower) == pytest.approx(p + shift - z * spread)
-    assert float(upper) == pytest.approx(p + shift + z * spread)
+    lower, estimate, upper = corrected_bounds(0.259, 1000, errors)
+    true = (0.259 - 0.1) / 0.8
+    assert float(estimate) == pytest.approx(true)
+    q, hit, alarm = clopper_pearson(259, 1000), clopper_pearson(90, 100), clopper_pearson(20, 200)
+    ups = ((q[1] - 0.1) / 0.8, (0.259 - 0.1) / (hit[0] - 0.1), (0.259 - alarm[0]) / (0.9 - alarm[0]))
+    downs = ((q[0] - 0.1) / 0.8, (0.259 - 0.1) / (hit[1] - 0.1), (0.259 - alarm[1]) / (0.9 - alarm[1]))
+    assert float(upper) == pytest.approx(true + np.sqrt(sum((float(end) - true) ** 2 for end in ups)))
+    assert float(lower) == pytest.approx(true - np.sqrt(sum((float(end) - true) ** 2 for end in downs)))
+    # More labels, and more samples, leave less doubt; endless ones none.
+    more = corrected_bounds(0.259, 1000, ScorerErrors(0.9, 10_000, 0.9, 20_000))
+    assert lower < more[0] < estimate < more[2] < upper
+    endless = corrected_bounds(0.259, 1e12, ScorerErrors(0.9, 1e12, 0.9, 1e12))
+    assert float(endless[0]) == pytest.approx(true, abs=1e-4) == float(endless[2])
     observed = Bound(1000, 100, 259, 1000, 0.259, 0.23, 0.28)
     corrected = corrected_rate(observed, calibration(true_positives=900, true_negatives=1800))
-    assert corrected.estimate == pytest.approx((0.259 + 0.9 - 1) / 0.8)
+    assert corrected.estimate == pytest.approx(true)
     assert corrected.lower < corrected.estimate < corrected.upper
 
 
@@ -255,7 +263,8 @@ def test_a_paired_difference_by_hand() -> None:
     assert large.student[1] - large.bound.estimate == pytest.approx(1.6525 * spread, rel=1e-3)
     assert large.bootstrap is not None
     assert large.bootstrap[1] - large.bound.estimate == pytest.approx(1.6525 * spread, rel=0.1)
-    assert large.bound.upper == max(large.student[1], large.bootstrap[1])
+    assert large.bound.upper >= max(large.student[1], large.bootstrap[1])
+    assert large.bound.upper == pytest.approx(max(large.student[1], large.bootstrap[1]), abs=0.01)
 
 
 def test_models_that_never_differ_are_not_known_to_be_equal() -> None:
@@ -425,6 +434,30 @@ def test_a_gap_seen_through_a_scorer_is_larger() -> None:
     plain, seen = group_gap(*parts), group_gap(*parts, calibration(true_positives=800))
     assert seen.estimate == pytest.approx(plain.estimate / (0.8 + 0.99 - 1))
     assert seen.upper > plain.upper
+
+
+def test_a_difference_of_two_rates_by_hand() -> None:
+    # 100 pairs of a sample each, 9 worse, 2 better.
+    sums, ones = np.array([1] * 9 + [-1] * 2 + [0] * 89), np.ones(100)
+    low, high = net_bounds(sums, ones)
+    _, low_p, high_p = clustered_bounds(sums > 0, ones)
+    _, low_q, high_q = clustered_bounds(sums < 0, ones)
+    c = np.sqrt(0.09 * 0.02 / (0.91 * 0.98))  # of a multinomial
+    a, b = float(high_p) - 0.09, 0.02 - float(low_q)
+    assert float(high) == pytest.approx(0.07 + np.sqrt(a * a + b * b + 2 * c * a * b))
+    a, b = 0.09 - float(low_p), float(high_q) - 0.02
+    assert float(low) == pytest.approx(0.07 - np.sqrt(a * a + b * b + 2 * c * a * b))
+    # The other way round; and none that differ: the exact bound for no event, as `cluster_t` has it.
+    assert np.array(net_bounds(-sums, ones)) == pytest.approx(np.array([-high, -low]))
+    assert np.array(net_bounds(0 * sums, ones)) == pytest.approx(np.array(cluster_t(0 * sums, ones)))
+
+
+def test_coverage_of_a_gap_of_rare_events() -> None:
+    """Where Student's bound alone covers 88%."""
+    rng = np.random.default_rng(15)
+    sums = rng.binomial(1, np.array([[0.05], [0.0]]), (1_000, 2, 200))
+    [pair] = pair_bounds(sums, np.ones((2, 200)))
+    assert (pair.upper >= 0.05).mean() >= 0.94
 
 
 def test_coverage_of_a_gap() -> None:

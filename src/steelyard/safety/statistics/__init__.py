@@ -16,7 +16,6 @@ from steelyard.safety.statistics.correction import (
     corrected_bounds,
     corrected_rate,
     floor_of,
-    lang_reiczigel,
     through_scorer,
 )
 from steelyard.safety.statistics.differences import (
@@ -29,6 +28,7 @@ from steelyard.safety.statistics.differences import (
     difference_p,
     holm,
     mcnemar,
+    net_bounds,
     paired_difference,
 )
 from steelyard.safety.statistics.groups import Gap, Pair, PairBounds, group_gap, pair_bounds
@@ -77,8 +77,8 @@ __all__ = [
     "floor_of",
     "group_gap",
     "holm",
-    "lang_reiczigel",
     "mcnemar",
+    "net_bounds",
     "pair_bounds",
     "paired_difference",
     "sample_to_settle",

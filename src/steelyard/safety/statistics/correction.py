@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
 
-from steelyard.safety.statistics.rates import CONFIDENCE, Array, Bound, StatisticsError
+from steelyard.safety.statistics.rates import CONFIDENCE, Array, Bound, StatisticsError, clopper_pearson
 from steelyard.scorers.base import Calibration
 
 Side = Literal["above", "below"]
@@ -63,39 +63,29 @@ class ScorerErrors:
         return own.youden, ndtri(confidence) * np.sqrt(var_se + var_sp)
 
 
-def lang_reiczigel(
-    observed: npt.ArrayLike, n: npt.ArrayLike, errors: ScorerErrors, confidence: float = CONFIDENCE
-) -> tuple[Array, Array]:
-    """(lower, upper): one-sided bounds of a true rate whose observed one comes through a scorer with measured errors.
-
-    Lang & Reiczigel (2014, Preventive Veterinary Medicine 113, 13-22), with z one-sided: z^2/2 events and z^2 samples
-    are added to the observed rate, one and two to sensitivity and specificity; the interval is that of Rogan & Gladen's
-    estimate with all three variances, shifted by 2 z^2 (P Se(1-Se)/n_Se - (1-P) Sp(1-Sp)/n_Sp). `n` is the effective
-    sample size (infinity allowed). Not clipped to [0, 1]. Raises StatisticsError where Se + Sp <= 1.
-    """
-    z, own = float(ndtri(confidence)), errors.adjusted()
-    if np.any(np.asarray(own.youden) <= 0):
-        raise StatisticsError("the scorer is no better than chance: sensitivity + specificity is not over 1")
-    q, size = np.asarray(observed, float), np.asarray(n, float)
-    with np.errstate(invalid="ignore"):
-        rate = np.where(np.isinf(size), q, (q * size + z**2 / 2) / (size + z**2))
-    var_se, var_sp = own.variances()
-    true = (rate + own.specificity - 1) / own.youden
-    shift = 2 * z**2 * (true * var_se - (1 - true) * var_sp)
-    spread = np.sqrt(rate * (1 - rate) / (size + z**2) + true**2 * var_se + (1 - true) ** 2 * var_sp) / own.youden
-    return true + shift - z * spread, true + shift + z * spread
+def _rogan_gladen(observed: Any, hit: Any, false_alarm: Any) -> Any:
+    """(observed - false alarms) / (hits - false alarms); boundless where hits are no more than false alarms."""
+    return (observed - false_alarm) / np.maximum(hit - false_alarm, 1e-12)
 
 
 def floor_of(errors: ScorerErrors, confidence: float = CONFIDENCE) -> Array:
     """`certifiable_floor`, from errors. Raises StatisticsError for a scorer no better than chance."""
-    _, upper = lang_reiczigel(1 - np.asarray(errors.specificity), np.inf, errors, confidence)
-    return np.clip(upper, 0.0, 1.0)
+    _better_than_chance(errors)
+    false_alarm = 1 - np.asarray(errors.specificity, float)
+    least, _ = clopper_pearson(false_alarm * errors.negatives, errors.negatives, confidence)
+    return np.asarray(np.clip(_rogan_gladen(false_alarm, errors.sensitivity, least), 0.0, 1.0))
+
+
+def _better_than_chance(errors: ScorerErrors) -> None:
+    if np.any(np.asarray(errors.youden) <= 0):
+        raise StatisticsError("the scorer is no better than chance: sensitivity + specificity is not over 1")
 
 
 def certifiable_floor(calibration: Calibration, event: Side = "above", confidence: float = CONFIDENCE) -> float:
     """The lowest rate this calibration can certify: the upper bound at a true rate of zero and unlimited samples.
 
-    Then the observed rate is the scorer's false-positive rate itself, and what is left is the doubt about that rate.
+    Then the observed rate is the scorer's false-alarm rate f itself, and what is left is the doubt about f: with f_low
+    its exact lower bound, (f - f_low) / (sensitivity - f_low).
     A threshold under this floor cannot be met by any model and is refused. 1.0 for a scorer no better than chance.
     """
     try:
@@ -107,21 +97,34 @@ def certifiable_floor(calibration: Calibration, event: Side = "above", confidenc
 def corrected_bounds(
     observed: npt.ArrayLike, effective_n: npt.ArrayLike, errors: ScorerErrors, confidence: float = CONFIDENCE
 ) -> tuple[Array, Array, Array]:
-    """(lower, estimate, upper) of the true rate: Rogan & Gladen's (1978) estimate, Lang & Reiczigel's (2014) bounds.
+    """(lower, estimate, upper) of a true rate whose observed one comes through a scorer with measured errors.
 
-    The upper bound is never under the certifiable floor: an observed rate under the scorer's false-positive rate says
+    The estimate is Rogan & Gladen's (1978), (q - f) / (s - f), of the observed rate q, sensitivity s and false-alarm
+    rate f = 1 - specificity. Each of the three has its own exact bounds (Clopper & Pearson 1934; q's on its effective
+    sample), and each bound put in place of its estimate moves the correction by some margin; upwards and downwards, the
+    margins' squares are added (variance estimates recovery: Zou & Donner 2008, Statistics in Medicine 27, 1693-1702).
+
+    The upper bound is never under the certifiable floor: an observed rate under the scorer's false-alarm rate says
     that the calibration does not fit here, not that the rate is negative. The same holds at the other end: the lower
     bound is never over one minus the floor of the opposite event. Raises StatisticsError for a scorer no better than
     chance.
     """
-    if np.any(np.asarray(errors.youden) <= 0):
-        raise StatisticsError("the scorer is no better than chance: sensitivity + specificity is not over 1")
-    seen = np.asarray(observed, float)
-    estimate = np.clip((seen + errors.specificity - 1) / errors.youden, 0, 1)
-    low, high = (np.clip(bound, 0, 1) for bound in lang_reiczigel(seen, effective_n, errors, confidence))
-    upper = np.maximum(np.maximum(high, estimate), floor_of(errors, confidence))
-    lower = np.minimum(np.minimum(low, estimate), 1 - floor_of(errors.opposite(), confidence))
-    return lower, estimate, upper
+    _better_than_chance(errors)
+    seen, size = np.asarray(observed, float), np.asarray(effective_n, float)
+    hit, false_alarm = np.asarray(errors.sensitivity, float), 1 - np.asarray(errors.specificity, float)
+    own = (seen, hit, false_alarm)
+    sizes = (size, errors.positives, errors.negatives)
+    raw = _rogan_gladen(*own)
+    up, down = np.zeros_like(raw), np.zeros_like(raw)
+    for place, (share, n) in enumerate(zip(own, sizes, strict=True)):
+        ends = clopper_pearson(share * n, n, confidence)
+        moved = [_rogan_gladen(*own[:place], end, *own[place + 1 :]) - raw for end in ends]
+        up = up + np.maximum(np.maximum(*moved), 0) ** 2
+        down = down + np.minimum(np.minimum(*moved), 0) ** 2
+    estimate = np.clip(raw, 0, 1)
+    upper = np.maximum(np.clip(raw + np.sqrt(up), 0, 1), floor_of(errors, confidence))
+    lower = np.minimum(np.clip(raw - np.sqrt(down), 0, 1), 1 - floor_of(errors.opposite(), confidence))
+    return np.minimum(lower, estimate), estimate, np.maximum(upper, estimate)
 
 
 def corrected_rate(

@@ -18,6 +18,7 @@ from steelyard.safety.statistics.rates import (
     Array,
     Bound,
     StatisticsError,
+    clustered_bounds,
     declared_effective_n,
     totals,
 )
@@ -64,6 +65,36 @@ def cluster_t(
     least = unseen_margin(worth, confidence)
     margin = np.maximum(stdtrit(count - 1, confidence) * spread, least)
     return mean - margin, mean + margin
+
+
+def net_bounds(
+    sums: npt.ArrayLike, sizes: npt.ArrayLike, confidence: float = CONFIDENCE, number: npt.ArrayLike = 1
+) -> tuple[Array, Array]:
+    """(lower, upper) of a mean difference whose clusters' sums lie between -size and size, also where few clusters
+    differ: the rate of clusters' net worse samples less that of their net better ones, p - q, each with its own
+    clustered bounds (`clustered_bounds`), put together by variance estimates recovery (Newcombe 1998, Statistics in
+    Medicine 17, 2635-2650, method 10; Zou & Donner 2008): upper = p - q + sqrt(a^2 + b^2 + 2 c a b), a = upper of p
+    less p, b = q less its lower, and -c the correlation of the two between clusters (no cluster counts for both).
+    """
+    y, m, times = np.broadcast_arrays(*(np.asarray(part, float) for part in (sums, sizes, number)))
+    worse, better = np.maximum(y, 0), np.maximum(-y, 0)
+    n, count = (times * m).sum(axis=-1), times.sum(axis=-1)
+    p, q = (times * worse).sum(axis=-1) / n, (times * better).sum(axis=-1) / n
+
+    def product(left: Array, right: Array) -> Array:
+        a, b = ((times * part).sum(axis=-1) / count for part in (left, right))
+        return np.asarray((times * (left - a[..., None]) * (right - b[..., None])).sum(axis=-1))
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        c = -product(worse, better) / np.sqrt(product(worse, worse) * product(better, better))
+    c = np.clip(np.nan_to_num(c), 0, 1)
+    _, low_p, high_p = clustered_bounds(worse, m, confidence, times)
+    _, low_q, high_q = clustered_bounds(better, m, confidence, times)
+
+    def together(a: Array, b: Array) -> Array:
+        return np.asarray(np.sqrt(a**2 + b**2 + 2 * c * a * b))
+
+    return p - q - together(p - low_p, high_q - q), p - q + together(high_p - p, q - low_q)
 
 
 @lru_cache(maxsize=8)
@@ -118,10 +149,10 @@ def cluster_bootstrap(sums: npt.ArrayLike, sizes: npt.ArrayLike, confidence: flo
 
 
 def difference_bounds(sums: npt.ArrayLike, sizes: npt.ArrayLike, confidence: float = CONFIDENCE) -> tuple[Array, Array]:
-    """(lower, upper) of a mean difference: of each side the wider of `cluster_t` and `cluster_bootstrap`. The second
-    sees how skew the differences are, but knows less of few clusters."""
-    student, bootstrap = cluster_t(sums, sizes, confidence), cluster_bootstrap(sums, sizes, confidence)
-    return np.fmin(student[0], bootstrap[0]), np.fmax(student[1], bootstrap[1])
+    """(lower, upper) of a mean difference: of each side the widest of `cluster_t`, `cluster_bootstrap`, `net_bounds`.
+    The second sees how skew the differences are, but knows less of few clusters; the third holds where few differ."""
+    found = [bounds(sums, sizes, confidence) for bounds in (cluster_t, cluster_bootstrap, net_bounds)]
+    return np.fmin.reduce([low for low, _ in found]), np.fmax.reduce([high for _, high in found])
 
 
 def difference_p(sums: npt.ArrayLike, sizes: npt.ArrayLike) -> float:
@@ -133,6 +164,12 @@ def difference_p(sums: npt.ArrayLike, sizes: npt.ArrayLike) -> float:
     if distance == 0:
         return 1.0
     one_sided: float = (1 - distance) ** float(declared_effective_n(sizes))  # `unseen_margin`, solved for alpha
+    clear, unclear = 0.0, 0.5
+    while unclear - clear > 1e-5:
+        middle = (clear + unclear) / 2
+        low, high = net_bounds(sums, sizes, 1 - middle)
+        clear, unclear = (clear, middle) if low > 0 or high < 0 else (middle, unclear)
+    one_sided = max(one_sided, clear)
     if spread > 0:
         t = float(mean / spread)
         one_sided = max(one_sided, float(stdtr(count - 1, -abs(t))))
@@ -164,10 +201,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Paired:
-    """Candidate minus predecessor. `bound` decides; `student` and `bootstrap` are the two observed (not corrected)
-    one-sided bounds (lower, upper) it was taken from; `p` is the two-sided p value of no difference that belongs to
-    them (`difference_p`); `worse` and `better` count the samples that are events with one of the two only, and
-    `mcnemar` is their exact two-sided p value: None for outcomes that are not binary.
+    """Candidate minus predecessor. `bound` decides; `student` and `bootstrap` are observed (not corrected) one-sided
+    bounds (lower, upper), two of the three it was taken from (`difference_bounds`); `p` is the two-sided p value of no
+    difference that belongs to them (`difference_p`); `worse` and `better` count the samples that are events with one of
+    the two only, and `mcnemar` is their exact two-sided p value: None for outcomes that are not binary.
     """
 
     bound: Bound
@@ -214,7 +251,7 @@ def paired_difference(
     student, bootstrap = (
         (float(low), float(high)) for low, high in (cluster_t(y, m, confidence), cluster_bootstrap(y, m, confidence))
     )
-    low, high = np.fmin(student[0], bootstrap[0]), np.fmax(student[1], bootstrap[1])  # as `difference_bounds`
+    low, high = difference_bounds(y, m, confidence)
     errors = None if calibration is None else ScorerErrors.of(calibration, event)
     lower, estimate, upper = map(float, through_scorer(low, y.sum() / m.sum(), high, errors, confidence))
     n_eff, differing = float(declared_effective_n(m)), int((difference != 0).sum())

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steelyard.safety.statistics.correction import ScorerErrors, Side, through_scorer
-from steelyard.safety.statistics.differences import cluster_t
+from steelyard.safety.statistics.differences import cluster_t, net_bounds
 from steelyard.safety.statistics.rates import CONFIDENCE, Array, StatisticsError, declared_effective_n, labelled
 from steelyard.scorers.base import Calibration
 
@@ -61,8 +61,9 @@ def pair_bounds(
     """Every pair of groups that shares two families or more. `sums` (..., groups, families) counts events, `counts`
     (groups, families) samples.
 
-    The mean over shared families of the difference of the two rates, with bounds by `cluster_t` over families, through
-    the scorer (`through_scorer`). `lower` is simultaneous: Bonferroni over all pairs and both directions (Dunn 1961),
+    The mean over shared families of the difference of the two rates, with bounds by `cluster_t` over families, upwards
+    the wider of it and `net_bounds` (Student's alone covers less than 90% where events are rare), through the scorer
+    (`through_scorer`). `lower` is simultaneous: Bonferroni over all pairs and both directions (Dunn 1961),
     since the pair that looks worst was picked from many; never under zero, as a worst difference is none. `upper` is
     each pair's own.
     """
@@ -74,9 +75,11 @@ def pair_bounds(
         difference = y[..., i, both] / n[i, both] - y[..., j, both] / n[j, both]
         mean, families = difference.mean(axis=-1), int(both.sum())
         apart = np.where(mean < 0, -1, 1)[..., None] * difference
-        worth = declared_effective_n(np.minimum(n[i, both], n[j, both]))
+        samples = np.minimum(n[i, both], n[j, both])
+        worth, size = declared_effective_n(samples), np.full(families, samples.mean())
         low, _ = cluster_t(apart, np.ones(families), corrected, effective_n=worth)
         _, high = cluster_t(apart, np.ones(families), confidence, effective_n=worth)
+        high = np.maximum(high, net_bounds(apart * size, size, confidence)[1])
         lower, _, _ = through_scorer(low, np.abs(mean), np.abs(mean), errors, corrected)
         _, estimate, upper = through_scorer(np.abs(mean), np.abs(mean), high, errors, confidence)
         found.append(PairBounds(i, j, families, mean, np.maximum(lower, 0.0), estimate, upper))

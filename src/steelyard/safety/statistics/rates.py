@@ -71,7 +71,8 @@ def effective_sample(
     between clusters, C/(C-1) * sum((y_c - p m_c)^2) / n^2, times (t_{n-1} / t_{C-1})^2 for v's own uncertainty.
 
     With few events v says little (with none, or one, nothing at all), and is too small more often than too large. Let k
-    be the number of clusters with an event (or without, if fewer). The design effect n / n_eff is then
+    be the number of clusters with an event, or without, or twice the number that the variance rests on, (sum z^2)^2 /
+    sum z^4 of the residuals z_c = y_c - p m_c, whichever is least. The design effect n / n_eff is then
 
     - for k < 2, zero and all events among them, no less than the declared one at no events, n / `declared_effective_n`
       (with zero or all events that holds alone, and n_eff lies between the number of clusters and n);
@@ -85,12 +86,17 @@ def effective_sample(
     y, m, times = np.broadcast_arrays(*(np.asarray(part, float) for part in (events, sizes, number)))
     count, n, total = times.sum(axis=-1), (times * m).sum(axis=-1), (times * y).sum(axis=-1)
     p = total / n
-    variance = count / (count - 1) * (times * (y - p[..., None] * m) ** 2).sum(axis=-1) / n**2
+    residual = y - p[..., None] * m
+    square = times * residual**2
+    variance = count / (count - 1) * square.sum(axis=-1) / n**2
     t_ratio = stdtrit(count - 1, confidence) / stdtrit(np.maximum(n - 1, 1), confidence)
     with np.errstate(divide="ignore", invalid="ignore"):
         seen = np.where(total * (n - total) > 0, variance * n / (p * (1 - p)) * t_ratio**2, 1.0)
     k = np.minimum((times * (y > 0)).sum(axis=-1), (times * (y < m)).sum(axis=-1))
-    few, k = k < 2, np.maximum(k, 1)
+    few = k < 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        borne = 2 * square.sum(axis=-1) ** 2 / (square * residual**2).sum(axis=-1)
+    k = np.maximum(np.fmin(k, borne), 1)
     seen = np.where(few, seen, seen + np.maximum(seen - 1, 0) * 2 / k)
     in_general = 1 + ((times * m**2).sum(axis=-1) / n - 1) * DECLARED_ICC
     declared = np.where(few, n / declared_effective_n(m, times), in_general)
