@@ -118,7 +118,11 @@ def corrected_bounds(
     up, down = np.zeros_like(raw), np.zeros_like(raw)
     for place, (share, n) in enumerate(zip(own, sizes, strict=True)):
         ends = clopper_pearson(share * n, n, confidence)
-        moved = [_rogan_gladen(*own[:place], end, *own[place + 1 :]) - raw for end in ends]
+        moved = []
+        for end in ends:
+            parts = list(own)
+            parts[place] = end
+            moved.append(_rogan_gladen(*parts) - raw)
         up = up + np.maximum(np.maximum(*moved), 0) ** 2
         down = down + np.minimum(np.minimum(*moved), 0) ** 2
     estimate = np.clip(raw, 0, 1)
