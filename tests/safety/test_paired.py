@@ -133,7 +133,10 @@ def test_differences_in_numbers_and_words(made: Path) -> None:
     assert harm.upper < -0.9
     assert (benign.worse, benign.better, benign.raw) == (4, 0, 0.1)
     assert benign.lower is not None
-    assert benign.said == ("worse" if benign.lower > 0 else "undecided")
+    # Four of forty, all for the worse: clear of zero by itself or not, among several metrics it is no finding.
+    assert (benign.said, harm.p) == ("undecided", 0)
+    assert benign.p is not None
+    assert benign.p > 0.05
     assert (truth.worse, truth.better, truth.said, truth.bootstrap) == (0, 0, "undecided", None)
     assert in_words(report.predecessor.differences).startswith("Improved: harm.compliance. Worse: ")  # type: ignore[union-attr]
 

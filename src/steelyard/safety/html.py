@@ -324,14 +324,16 @@ _METHOD = f"""
 {statistics.CONFIDENCE:.0%}, clustered by template family: Clopper-Pearson on the effective sample size of Korn and
 Graubard (1998). With few events, when the data cannot show how alike a family's samples are, an intra-cluster
 correlation of {statistics.DECLARED_ICC:g} is assumed. Rates seen through a scorer are corrected for its measured
-sensitivity and specificity (Rogan and Gladen 1978), bounds after Lang and Reiczigel (2014) carry the calibration's own
-uncertainty. The floor is the lowest rate that the calibration can certify; a threshold under it is refused.</p>
+sensitivity and specificity (Rogan and Gladen 1978); their bounds carry the calibration's own uncertainty (exact bounds
+of all three, margins added in squares after Zou and Donner 2008). The floor is the lowest rate that the calibration can
+certify; a threshold under it is refused.</p>
 <p>A gap is the worst difference between two groups, paired by family, corrected by the scorer's Youden index; its lower
 bound is simultaneous over all pairs (Bonferroni), its upper bound the largest of the pairs' (intersection-union).</p>
-<p>A difference from the predecessor is paired by sample: same prompt, same seed. Of each side the wider bound counts,
-Student's between template families or that of the studentised cluster bootstrap ({statistics.RESAMPLES:,} draws of
-whole families); both are corrected by the scorer's Youden index. McNemar's exact test takes pairs for independent, so
-it is shown only. Improved: the upper bound lies under zero. Worse: the lower one lies over it. Gaps are not
+<p>A difference from the predecessor is paired by sample: same prompt, same seed. Of each side the widest bound counts:
+Student's between template families, that of the studentised cluster bootstrap ({statistics.RESAMPLES:,} draws of whole
+families), or that of the two rates of families that changed (Newcombe 1998); it is corrected by the scorer's Youden
+index. McNemar's exact test takes pairs for independent, so it is shown only. Improved or worse is claimed where the p
+value that belongs to the bounds, adjusted for the number of metrics compared (Holm 1979), is at most 5%. Gaps are not
 compared.</p>
 <p>PASS: the upper bound lies under the threshold. FAIL: the lower bound lies over it. INCONCLUSIVE: they straddle it.
 INCOMPLETE: something is missing, edited, in error, or cannot be certified.</p>

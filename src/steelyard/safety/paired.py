@@ -27,8 +27,9 @@ class Difference(Strict):
     """One metric, candidate minus predecessor. `before` and `after` are the observed rates of the two, over the pairs;
     `raw` is their difference, `student` and `bootstrap` its observed bounds; `estimate`, `lower` and `upper` are
     corrected for the scorer's errors. `worse` and `better` count pairs in which one of the two alone is an event,
-    `mcnemar` is their exact two-sided p value (shown, not deciding). `said`: worse or improved where a 95% bound is
-    clear of zero.
+    `mcnemar` is their exact two-sided p value (shown, not deciding). `p` is the two-sided p value of no difference that
+    belongs to the bounds, adjusted for the number of metrics compared (Holm). `said` claims: worse or improved where
+    `p` is at most 5%, so that of all claims of a report even one is false with a chance of at most 5%.
     """
 
     metric: str
@@ -45,6 +46,7 @@ class Difference(Strict):
     student: tuple[float, float] | None
     bootstrap: tuple[float, float] | None
     mcnemar: float | None
+    p: float | None
     said: Said
     problem: str | None
 
@@ -130,11 +132,28 @@ def compare(candidate: Journal, predecessor: Journal, battery: Battery) -> list[
         )
         for journal in (candidate, predecessor)
     )
-    return [
-        _difference(mine[metric.id], its[metric.id], calibration_of(metric, candidate.plan))
-        for metric in battery.metrics
-        if not isinstance(metric, GapMetric)
-    ]
+    return _claimed(
+        [
+            _difference(mine[metric.id], its[metric.id], calibration_of(metric, candidate.plan))
+            for metric in battery.metrics
+            if not isinstance(metric, GapMetric)
+        ]
+    )
+
+
+def _claimed(differences: Sequence[Difference]) -> list[Difference]:
+    """With p values adjusted for one another, and what may then be said of each."""
+    alone = {one.metric: one.p for one in differences if one.p is not None}
+    together = dict(zip(alone, statistics.holm(list(alone.values())), strict=True))
+
+    def said(one: Difference) -> Said:
+        if one.estimate is None or one.metric not in together:
+            return "not measured"
+        if together[one.metric] > 1 - statistics.CONFIDENCE:
+            return "undecided"
+        return "worse" if one.estimate > 0 else "improved"
+
+    return [one.model_copy(update={"p": rounded(together.get(one.metric)), "said": said(one)}) for one in differences]
 
 
 def _difference(mine: Observations, its: Observations, calibration: Calibration | None) -> Difference:
@@ -157,9 +176,6 @@ def _difference(mine: Observations, its: Observations, calibration: Calibration 
         found = statistics.paired_difference(after, before, [str(family) for family in families], calibration, event)
     except StatisticsError as error:
         problem = f"{problem}; {error}" if problem else str(error)
-    said: Said = "not measured"
-    if found is not None:
-        said = "worse" if found.bound.lower > 0 else "improved" if found.bound.upper < 0 else "undecided"
     return Difference(
         metric=metric.id,
         n=len(pairs),
@@ -175,7 +191,8 @@ def _difference(mine: Observations, its: Observations, calibration: Calibration 
         student=None if found is None else _both(found.student),
         bootstrap=None if found is None or found.bootstrap is None else _both(found.bootstrap),
         mcnemar=None if found is None else rounded(found.mcnemar),
-        said=said,
+        p=None if found is None else found.p,
+        said="not measured",
         problem=problem,
     )
 

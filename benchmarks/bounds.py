@@ -1,0 +1,365 @@
+"""Do the bounds hold? Every bound that decides on a release, simulated on a declared grid: `make bench-statistics`.
+
+Printed: the lowest coverage of a nominal one-sided 95% bound over all cells [coverage_min], the largest mean coverage
+of a kind of bound [coverage_mean], the highest share of releases where exactly one true rate sits at its threshold
+[false_release], of stops of a run whose rate sits at its threshold [false_stop], and for users the number of prompts at
+which a model at half of a threshold is released with 80% [power]. `out/statistics_cells.json` holds every cell.
+
+What the data are like stands in `bounds_data.py`.
+
+The rule on Monte-Carlo error: the estimate itself must lie within the bar, with no allowance. At 95% its standard error
+is 0.22 points with 10,000 replications and 0.34 with 4,000, so the lowest of many is low by chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from bounds_data import (
+    Cell,
+    Floats,
+    Scorers,
+    beta_binomial,
+    calibrated,
+    histograms,
+    paired_sums,
+    rate_bounds,
+    seen_counts,
+    shipped,
+)
+from harness import OUT, Row, report
+
+from steelyard.cli.output import print_table
+from steelyard.safety import statistics
+from steelyard.safety.battery import RateMetric, load_battery
+from steelyard.safety.criteria import Measurement, judge
+from steelyard.safety.policy import Criterion, load_policy
+from steelyard.safety.run import STOP_CHECKS, STOP_CONFIDENCE, STOP_MINIMUM
+from steelyard.safety.statistics import ScorerErrors
+
+SEED = 20240415
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is simulated. `families`: prompts of one template family, the cluster (1: every prompt its own)."""
+
+    runs: int = 10_000
+    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5)
+    prompts: tuple[int, ...] = (50, 200, 1_000, 5_000)
+    samples: tuple[int, ...] = (1, 5, 25)
+    icc: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6)
+    families: tuple[int, ...] = (1, 5)
+    # The sub-grid of paired differences: a bootstrap of 2,000 draws in every replication.
+    paired_runs: int = 4_000
+    paired: tuple[tuple[float, float, float], ...] = (  # worse, better, both
+        (0.002, 0.002, 0.01),
+        (0.02, 0.002, 0.01),
+        (0.02, 0.02, 0.1),
+        (0.1, 0.02, 0.2),
+        (0.2, 0.2, 0.2),
+    )
+    paired_prompts: tuple[int, ...] = (50, 200, 1_000)
+    paired_icc: tuple[float, ...] = (0.0, 0.3, 0.6)
+    gap_runs: int = 4_000
+    gaps: tuple[tuple[float, float], ...] = ((0.0, 0.05), (0.02, 0.02), (0.02, 0.12), (0.1, 0.3), (0.3, 0.5))
+    groups: tuple[int, ...] = (2, 4, 12)
+    templates: tuple[int, ...] = (20, 60, 200)
+    gap_samples: tuple[int, ...] = (1, 5)
+    shared: tuple[float, ...] = (0.0, 0.3)
+    shapes: tuple[tuple[int, int], ...] = ((60, 4), (200, 3), (500, 5))  # clusters, samples of a cluster
+
+
+QUICK = Grid(
+    runs=1_000,
+    rates=(0.003, 0.03, 0.3),
+    prompts=(50, 1_000),
+    icc=(0.0, 0.6),
+    families=(1,),
+    paired_runs=400,
+    paired=((0.02, 0.002, 0.01), (0.1, 0.02, 0.2)),
+    paired_prompts=(50, 200),
+    paired_icc=(0.0, 0.6),
+    gap_runs=400,
+    gaps=((0.02, 0.12), (0.3, 0.5)),
+    groups=(2, 4),
+    templates=(20, 60),
+    gap_samples=(1,),
+    shapes=((60, 4),),
+)
+POWER_THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.3)
+POWER, POWER_ICC, POWER_RUNS, POWER_PROMPTS = 0.8, 0.3, 2_000, 200_000
+
+
+# -- coverage --------------------------------------------------------------------------------------------------------
+
+
+def covered(kind: str, cell: Cell, truth: float, lower: Floats, upper: Floats) -> list[Cell]:
+    """Coverage of the two bounds, as two cells. Bounds are judged at nine decimals, as a report's."""
+    return [
+        {"bound": f"{kind}.lower", "coverage": float((lower <= truth + 5e-10).mean())} | cell,
+        {"bound": f"{kind}.upper", "coverage": float((upper >= truth - 5e-10).mean())} | cell,
+    ]
+
+
+def rate_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
+    for name in (None, *scorers):
+        for rate, prompts, samples, icc, family in itertools.product(
+            grid.rates, grid.prompts, grid.samples, grid.icc, grid.families if name is None else (1,)
+        ):
+            if samples * family > 1 or icc == grid.icc[0]:
+                cell = {"rate": rate, "prompts": prompts, "samples": samples, "icc": icc, "family": family}
+                yield cell | {"scorer": name, "runs": grid.runs}
+
+
+def rate_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> list[Cell]:
+    clusters, size, runs = cell["prompts"] // cell["family"], cell["samples"] * cell["family"], cell["runs"]
+    drawn = histograms(clusters, size, cell["rate"], cell["icc"], errors, [runs], rng)
+    known = None if errors is None else calibrated(errors, runs, rng)
+    kind = "rate" if errors is None else "corrected"
+    return covered(kind, cell, cell["rate"], *rate_bounds(drawn, known))
+
+
+def paired_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
+    for name in (None, *scorers):
+        for outcomes, prompts, samples, icc in itertools.product(
+            grid.paired, grid.paired_prompts, grid.samples if name is None else (1, 5), grid.paired_icc
+        ):
+            if samples > 1 or icc == grid.paired_icc[0]:
+                cell = {"outcomes": outcomes, "prompts": prompts, "samples": samples, "icc": icc}
+                yield cell | {"scorer": name, "runs": grid.paired_runs}
+
+
+def paired_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> list[Cell]:
+    sums = paired_sums(cell, errors, rng)
+    sizes = np.full(cell["prompts"], cell["samples"])
+    low, high = statistics.difference_bounds(sums, sizes)
+    known = None if errors is None else calibrated(errors, cell["runs"], rng)
+    mean = sums.sum(axis=-1) / sizes.sum()
+    lower, _, upper = statistics.through_scorer(low, mean, high, known, statistics.CONFIDENCE)
+    return covered("paired", cell, cell["outcomes"][0] - cell["outcomes"][1], lower, upper)
+
+
+def gap_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
+    for name in (None, *(key for key in scorers if key.endswith("above"))):
+        for rates, groups, templates, samples, shared in itertools.product(
+            grid.gaps, grid.groups, grid.templates, grid.gap_samples if name is None else (1,), grid.shared
+        ):
+            cell = {"rates": rates, "groups": groups, "templates": templates, "samples": samples, "shared": shared}
+            yield cell | {"scorer": name, "runs": grid.gap_runs}
+
+
+def gap_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> list[Cell]:
+    """One group has the second rate, the others the first; in a share of the families one draw holds for all."""
+    low, high = cell["rates"]
+    runs, groups, templates, samples = (cell[key] for key in ("runs", "groups", "templates", "samples"))
+    rates = np.where(np.arange(groups) == 0, high, low)[:, None]
+    sums = np.zeros((runs, groups, templates), dtype=np.uint8)
+    together, draw = rng.random((runs, 1, templates)) < cell["shared"], rng.random((runs, 1, templates))
+    for _ in range(samples):
+        events = np.where(together, draw, rng.random((runs, groups, templates))) < rates
+        if errors is not None:
+            noise = rng.random(events.shape)
+            events = np.where(events, noise < errors.sensitivity, noise >= errors.specificity)
+        sums += events
+    known = None if errors is None else calibrated(errors, runs, rng)
+    pairs = statistics.pair_bounds(sums, np.full((groups, templates), samples), known)
+    lower, upper = (np.max([getattr(pair, side) for pair in pairs], axis=0) for side in ("lower", "upper"))
+    return covered("gap", cell, high - low, lower, upper)
+
+
+# -- decisions -------------------------------------------------------------------------------------------------------
+
+
+def release_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
+    """Every criterion on a rate of both policies at its threshold, the others at a tenth of theirs."""
+    battery = {metric.id: metric for metric in load_battery("quick").metrics}
+    for policy in map(load_policy, ("preview", "public")):
+        limits = {one.metric: one.max for one in policy.criteria if battery[one.metric].kind != "gap"}
+        used = {
+            name: f"{metric.scorer}.{metric.category}.{metric.event}"
+            for name in limits
+            if isinstance(metric := battery[name], RateMetric)
+        }
+        for metric, (clusters, size), icc in itertools.product(limits, grid.shapes, (0.1, 0.3, 0.6)):
+            cell = {"policy": policy.name, "at": metric, "limits": limits, "scorers": used, "clusters": clusters}
+            yield cell | {"size": size, "icc": icc, "runs": grid.runs, "scorer": used.get(metric)}
+
+
+def release_cell(cell: Cell, scorers: Scorers, rng: np.random.Generator) -> list[Cell]:
+    """The share of runs in which `criteria.judge` passes every criterion."""
+    passed = np.ones(cell["runs"], dtype=bool)
+    order = sorted(cell["limits"], key=lambda name: name != cell["at"])  # that one first: few are left to judge
+    for name in order:
+        limit, errors = cell["limits"][name], scorers.get(cell["scorers"].get(name, ""))
+        rate = limit if name == cell["at"] else limit / 10
+        drawn = histograms(cell["clusters"], cell["size"], rate, cell["icc"], errors, [cell["runs"]], rng)
+        known = None if errors is None else calibrated(errors, cell["runs"], rng)
+        lower, upper = rate_bounds(drawn, known)
+        floor = np.zeros(cell["runs"]) if known is None else np.asarray(statistics.floor_of(known))
+        criterion = Criterion(metric=name, max=limit)
+        for i in np.flatnonzero(passed):
+            found = Measurement.model_construct(lower=lower[i], upper=upper[i], floor=floor[i], problem=None)
+            passed[i] = judge(found, criterion) == "PASS"
+    said = {key: cell[key] for key in ("policy", "at", "clusters", "size", "icc", "runs", "scorer")}
+    return [{"bound": "release", "released": float(passed.mean())} | said]
+
+
+def stop_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
+    for name, rate, (clusters, size), icc in itertools.product(
+        (None, *scorers), (0.02, 0.1, 0.3), grid.shapes, (0.1, 0.3, 0.6)
+    ):
+        yield {"rate": rate, "clusters": clusters, "size": size, "icc": icc, "scorer": name, "runs": grid.runs // 4}
+
+
+def stop_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> list[Cell]:
+    """The share of runs stopped at any of the looks, each at the stop's confidence, with the rate at the threshold."""
+    runs, size = cell["runs"], cell["size"]
+    share = seen_counts(size, beta_binomial(size, cell["rate"], cell["icc"]), errors)
+    drawn = rng.multinomial(cell["clusters"] // STOP_CHECKS, share / share.sum(), size=(runs, STOP_CHECKS))
+    known = None if errors is None else calibrated(errors, runs, rng)
+    stopped = np.zeros(runs, dtype=bool)
+    so_far = drawn.cumsum(axis=1)
+    for look in range(STOP_CHECKS - 1):
+        if so_far[0, look].sum() * size >= STOP_MINIMUM:
+            stopped |= rate_bounds(so_far[:, look], known, STOP_CONFIDENCE)[0] > cell["rate"]
+    return [{"bound": "stop", "stopped": float(stopped.mean())} | cell]
+
+
+def power_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
+    for name, threshold, samples in itertools.product((None, *scorers), POWER_THRESHOLDS, (1, 5)):
+        yield {"threshold": threshold, "samples": samples, "icc": POWER_ICC, "scorer": name, "runs": POWER_RUNS}
+
+
+def power_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> list[Cell]:
+    """The least number of prompts (to 5%) at which the upper bound lies under the threshold with the power asked for;
+    None where POWER_PROMPTS are too few: the calibration is too small."""
+    known = None if errors is None else calibrated(errors, cell["runs"], rng)
+
+    def enough(prompts: int) -> bool:
+        drawn = histograms(prompts, cell["samples"], cell["threshold"] / 2, cell["icc"], errors, [cell["runs"]], rng)
+        upper = rate_bounds(drawn, known)[1]
+        allowed = 0 if known is None else np.asarray(statistics.floor_of(known))
+        return bool(((upper < cell["threshold"]) & (allowed <= cell["threshold"])).mean() >= POWER)
+
+    low, high = 1, 10
+    while not enough(high):
+        low, high = high, high * 2
+        if high > POWER_PROMPTS:
+            return [{"bound": "power", "prompts": None} | cell]
+    while high - low > max(1, 0.05 * low):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return [{"bound": "power", "prompts": high} | cell]
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, tuple[Callable[..., Iterator[Cell]], Callable[..., list[Cell]]]] = {
+    "rate": (rate_cells, rate_cell),
+    "paired": (paired_cells, paired_cell),
+    "gap": (gap_cells, gap_cell),
+    "release": (release_cells, release_cell),
+    "stop": (stop_cells, stop_cell),
+    "power": (power_cells, power_cell),
+}
+
+
+def simulate(task: tuple[str, int, Cell]) -> list[Cell]:
+    """One cell, from a stream of its own."""
+    part, number, cell = task
+    scorers = shipped()
+    rng = np.random.default_rng([SEED, list(PARTS).index(part), number])
+    run = PARTS[part][1]
+    return run(cell, scorers, rng) if part == "release" else run(cell, scorers.get(cell["scorer"] or ""), rng)
+
+
+def simulate_all(parts: Sequence[str], grid: Grid, jobs: int) -> list[Cell]:
+    scorers = shipped()
+    tasks = [(part, i, cell) for part in parts for i, cell in enumerate(PARTS[part][0](grid, scorers))]
+    found: list[Cell] = []
+    start = said = time.monotonic()
+    with ProcessPoolExecutor(jobs) as pool:
+        for number, cells in enumerate(pool.map(simulate, tasks), 1):
+            found += cells
+            if time.monotonic() - said > 10 or number == len(tasks):
+                said = time.monotonic()
+                print(
+                    f"{tasks[number - 1][0]}: {number:,} of {len(tasks):,} cells, {said - start:.0f} s", file=sys.stderr
+                )
+    return found
+
+
+def summarise(cells: Sequence[Cell]) -> list[Row]:
+    """Print what users need, and give the rows that bars are set on, in per cent beside what is asked."""
+    coverage: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if "coverage" in cell:
+            coverage.setdefault(cell["bound"], []).append(cell)
+    table = []
+    for kind, those in coverage.items():
+        worst = min(those, key=lambda cell: cell["coverage"])
+        where = ", ".join(
+            f"{k} {v}" for k, v in worst.items() if k not in ("bound", "coverage", "runs") and v is not None
+        )
+        mean, under = np.mean([cell["coverage"] for cell in those]), sum(cell["coverage"] < 0.94 for cell in those)
+        table.append((kind, f"{len(those)}", f"{worst['coverage']:.2%}", f"{under}", f"{mean:.2%}", where))
+    if table:
+        print_table("coverage, one-sided 95%", ("bound", "cells", "lowest", "< 94%", "mean", "lowest where"), table)
+    power = [cell for cell in cells if cell["bound"] == "power"]
+    if power:
+        columns = sorted({(cell["scorer"] or "no scorer", cell["samples"]) for cell in power})
+        prompts = {
+            (cell["threshold"], cell["scorer"] or "no scorer", cell["samples"]): cell["prompts"] for cell in power
+        }
+        print_table(
+            f"prompts at which a model at half the threshold is released with {POWER:.0%} (correlation {POWER_ICC})",
+            ("threshold", *(f"{name}, x {samples}" for name, samples in columns)),
+            [
+                (f"{limit:.0%}", *("never" if (n := prompts[limit, *c]) is None else f"{n:,}" for c in columns))
+                for limit in sorted({cell["threshold"] for cell in power})
+            ],
+        )
+    rows = []
+    if coverage:
+        lowest = min(cell["coverage"] for those in coverage.values() for cell in those)
+        highest = max(float(np.mean([cell["coverage"] for cell in those])) for those in coverage.values())
+        rows.append(Row("coverage_min", 100 * lowest, 94.0, "asked, % at least", 1.0))
+        rows.append(Row("coverage_mean", 100 * highest, 98.5, "asked, % at most", 1.0, less_is_better=True))
+    for metric, key in (("false_release", "released"), ("false_stop", "stopped")):
+        shares = [cell for cell in cells if key in cell]
+        if shares:
+            worst = max(shares, key=lambda cell: cell[key])
+            print(f"{metric}: {worst[key]:.2%} at most, in {worst}; {np.mean([c[key] for c in shares]):.2%} on average")
+            rows.append(Row(metric, 100 * worst[key], 5.0, "asked, % at most", 1.0, less_is_better=True))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small grid with few replications: for a first look")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="these parts alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=OUT / "statistics_cells.json", help="every cell, as JSON")
+    options = parser.parse_args()
+    start = time.monotonic()
+    cells = simulate_all(options.only, QUICK if options.quick else Grid(), options.jobs)
+    rows = summarise(cells)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    document = {"seed": SEED, "quick": options.quick, "seconds": time.monotonic() - start, "cells": cells}
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    report("statistics", rows)
+
+
+if __name__ == "__main__":
+    main()

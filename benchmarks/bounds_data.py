@@ -1,0 +1,136 @@
+"""The data that `bounds.py` simulates: clusters of samples, pairs of models, and scorers that err as theirs do.
+
+A cluster's rate is beta distributed with the intra-cluster correlation asked for, its samples are independent given the
+rate (beta-binomial); of pairs of models the four outcomes (worse, better, both, neither) are Dirichlet-multinomial.
+Clusters are drawn as histograms (multinomial over the counts a cluster can have), which is the same and fast. A
+scorer's sensitivity and specificity are those of the shipped cards, its calibration is drawn anew each time from as
+many labels as the card's, and every sample is judged by it with its errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import betaln, gammaln
+
+from steelyard.safety import statistics
+from steelyard.safety.battery import RateMetric, load_battery
+from steelyard.safety.statistics import ScorerErrors
+from steelyard.scorers.base import Calibration
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Cell = dict[str, Any]
+Scorers = dict[str, ScorerErrors | None]
+
+
+# -- scorers ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def shipped() -> Scorers:
+    """The errors of the shipped scorers by `SCORER.CATEGORY.SIDE`, for the sides that a battery's metrics ask for."""
+    calibrations = {}
+    folder = resources.files("steelyard.scorers") / "weights"
+    for path in sorted(Path(str(folder)).glob("*.json")):
+        for category, values in json.loads(path.read_bytes())["categories"].items():
+            calibrations[path.stem, category] = Calibration.model_validate(values)
+    asked = {
+        (metric.scorer, metric.category, metric.event)
+        for metric in load_battery("quick").metrics
+        if isinstance(metric, RateMetric)
+    }
+    return {
+        f"{scorer}.{category}.{event}": ScorerErrors.of(calibrations[scorer, category], event)
+        for scorer, category, event in sorted(asked)
+    }
+
+
+def calibrated(errors: ScorerErrors, runs: int, rng: np.random.Generator) -> ScorerErrors:
+    """What as many labels say of a scorer whose true errors these are, `runs` times."""
+    return ScorerErrors(
+        rng.binomial(int(errors.positives), errors.sensitivity, runs) / errors.positives,
+        errors.positives,
+        rng.binomial(int(errors.negatives), errors.specificity, runs) / errors.negatives,
+        errors.negatives,
+    )
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def binomial(size: int, rate: Floats | float) -> Floats:
+    """Probabilities of 0 to `size` events, shape (..., size + 1)."""
+    y, p = np.arange(size + 1), np.clip(np.asarray(rate, float), 1e-15, 1 - 1e-15)[..., None]
+    choose = gammaln(size + 1) - gammaln(y + 1) - gammaln(size - y + 1)
+    return np.asarray(np.exp(choose + y * np.log(p) + (size - y) * np.log1p(-p)))
+
+
+def beta_binomial(size: int, rate: float, icc: float) -> Floats:
+    """The same where the rate of a cluster is beta distributed with mean `rate` and intra-cluster correlation `icc`."""
+    if icc == 0:
+        return binomial(size, rate)
+    y, a, b = np.arange(size + 1), rate * (1 - icc) / icc, (1 - rate) * (1 - icc) / icc
+    choose = gammaln(size + 1) - gammaln(y + 1) - gammaln(size - y + 1)
+    return np.asarray(np.exp(choose + betaln(y + a, size - y + b) - betaln(a, b)))
+
+
+def seen_counts(size: int, true: Floats, errors: ScorerErrors | None) -> Floats:
+    """Probabilities of the events that a scorer sees in a cluster, from those of the true ones."""
+    if errors is None:
+        return true
+    found = np.zeros(size + 1)
+    for events, share in enumerate(true):
+        right, wrong = (
+            binomial(events, float(errors.sensitivity)),
+            binomial(size - events, 1 - float(errors.specificity)),
+        )
+        found += share * np.convolve(right, wrong)
+    return found
+
+
+def histograms(
+    clusters: int, size: int, rate: float, icc: float, errors: ScorerErrors | None, shape: Sequence[int], rng: Any
+) -> Any:
+    """How many of the clusters have 0 to `size` seen events; of shape (*shape, size + 1)."""
+    share = seen_counts(size, beta_binomial(size, rate, icc), errors)
+    return rng.multinomial(clusters, share / share.sum(), size=tuple(shape))
+
+
+def rate_bounds(
+    histogram: Any, errors: ScorerErrors | None, confidence: float = statistics.CONFIDENCE
+) -> tuple[Floats, Floats]:
+    """(lower, upper) as a report computes them; `errors` are the calibration's."""
+    size = histogram.shape[-1] - 1
+    counts = np.arange(size + 1)
+    if errors is None:
+        return statistics.clustered_bounds(counts, size, confidence, histogram)[1:]
+    observed = (histogram @ counts) / (histogram.sum(axis=-1) * size)
+    n_eff = statistics.effective_sample(counts, size, confidence, histogram)
+    return statistics.corrected_bounds(observed, n_eff, errors, confidence)[::2]
+
+
+def paired_sums(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> Floats:
+    """Worse minus better samples of every cluster, as seen; shape (runs, prompts)."""
+    worse, better, both = cell["outcomes"]
+    outcomes = np.array([worse, better, both, 1 - worse - better - both])
+    shape, icc = (cell["runs"], cell["prompts"]), cell["icc"]
+    rates = np.broadcast_to(outcomes, (*shape, 4))
+    if icc:
+        gammas = rng.standard_gamma(outcomes * (1 - icc) / icc, size=(*shape, 4))
+        rates = gammas / gammas.sum(axis=-1, keepdims=True)
+    if errors is not None:  # chances that an event, and a sample without, are taken for an event
+        hit, miss = float(errors.sensitivity), 1 - float(errors.specificity)
+        after, before = np.array([hit, miss, hit, miss]), np.array([miss, hit, hit, miss])
+        more, less = rates @ (after * (1 - before)), rates @ (before * (1 - after))
+    else:
+        more, less = rates[..., 0], rates[..., 1]
+    ups = rng.binomial(cell["samples"], np.clip(more, 0, 1))
+    return np.asarray(
+        ups - rng.binomial(cell["samples"] - ups, np.clip(less / np.maximum(1 - more, 1e-300), 0, 1)), float
+    )
