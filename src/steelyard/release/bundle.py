@@ -34,9 +34,9 @@ from steelyard.release.attest import PredecessorFacts, RunFacts, Sha256, sign, t
 from steelyard.release.gate import Decision, Evidence, decide, read_run
 from steelyard.release.keys import KeyInfo
 from steelyard.release.refused import Refused
-from steelyard.safety.html import in_words
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import compute_report, save_report
+from steelyard.safety.words import in_words
 
 if TYPE_CHECKING:
     from steelyard.ledger.ledger import Ledger
