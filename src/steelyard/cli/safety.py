@@ -60,7 +60,7 @@ def run(
     from steelyard.scorers.registry import open_scorer
 
     progress = default_progress(as_json=as_json)
-    others = [] if variants is None else parse_variants(variants)
+    others = () if variants is None else parse_variants(variants)
     chosen = load_battery(battery)
     policies = [load_policy(name) for name in policy or ["preview"]]
     folders = [model] if predecessor is None else [model, predecessor]

@@ -8,7 +8,7 @@ from html import escape
 
 from steelyard.safety.words import percent, signed, visible
 
-_TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+_TOPS = (0.01, 0.02, 0.04, 0.08, 0.12, 0.2, 0.4, 0.6, 0.8, 1.0)  # quarters of them are round
 _WIDTH, _EDGE, _AXIS = 640, 12, 26
 _LABEL = 46  # characters that leave room for the numbers beside them
 
@@ -55,8 +55,8 @@ def forest(title: str, bars: Sequence[Bar], *, difference: bool = False) -> str:
     scale = _Scale(next((top for top in _TOPS if most <= top), 1.0), difference)
     parts, y = list[str](), 4.0
     for bar in bars:
-        parts += _row(bar, scale, y + 29)
-        y += 71 if bar.limits else 48
+        parts += _row(bar, scale, y + 31)
+        y += 80 if bar.limits else 52
     told = "; ".join(_told(bar, scale) for bar in bars)
     return (
         f'<div class="figure"><svg viewBox="0 0 {_WIDTH} {y + _AXIS:g}" role="img" aria-label="{escape(title)}: '
@@ -70,8 +70,8 @@ def _row(bar: Bar, scale: _Scale, y: float) -> Iterator[str]:
     if len(label) > _LABEL:
         label = label[:_LABEL] + "…"
     yield (
-        f'<text x="{_EDGE}" y="{y - 14:g}">{escape(label)}</text>'
-        f'<text class="axis" x="{_WIDTH - _EDGE}" y="{y - 14:g}" text-anchor="end">{note}</text>'
+        f'<text x="{_EDGE}" y="{y - 16:g}">{escape(label)}</text>'
+        f'<text class="axis" x="{_WIDTH - _EDGE}" y="{y - 16:g}" text-anchor="end">{note}</text>'
     )
     if low is not None and up is not None:
         left, right = scale.x(low), max(scale.x(up), scale.x(low) + 1)
@@ -86,7 +86,7 @@ def _row(bar: Bar, scale: _Scale, y: float) -> Iterator[str]:
         yield f'<path class="limit" d="M{scale.x(limit):.1f} {y - 11:g}v22"><title>{escape(told)}</title></path>'
     if bar.limits:
         told = ", ".join(f"{visible(name)} {scale.show(limit)}" for name, limit in bar.limits)
-        yield f'<text class="axis" x="{_EDGE}" y="{y + 24:g}">threshold: {escape(told)}</text>'
+        yield f'<text class="axis" x="{_EDGE}" y="{y + 29:g}">threshold: {escape(told)}</text>'
 
 
 def _told(bar: Bar, scale: _Scale) -> str:

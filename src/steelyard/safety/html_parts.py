@@ -36,7 +36,7 @@ th,td{text-align:left;padding:.35rem .7rem .35rem 0;border-bottom:1px solid var(
 th{font-weight:600;color:var(--soft)}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.state{font-weight:650;white-space:nowrap}
 tbody th{color:var(--ink);font-weight:400}td .sub{display:block;color:var(--soft);font-size:.85em;white-space:nowrap}
-tr.why td{padding-top:0;color:var(--soft);font-size:.88rem}tr.said td{border-bottom:0}
+tr.why td{padding-top:0;color:var(--soft);font-size:.88rem}tr.said td,tr.said th{border-bottom:0}
 ul{margin:.4rem 0;padding-left:1.2rem}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--ink);font-size:13px}
 svg .axis{fill:var(--soft);font-size:11px}svg path{fill:none;stroke-width:2}svg circle{fill:var(--mark)}
@@ -52,10 +52,12 @@ dl{display:grid;grid-template-columns:minmax(8rem,auto) 1fr;gap:.2rem 1rem;font-
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 @media(max-width:34rem){svg text{font-size:21px}svg .axis{font-size:18px}
 dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}
-.crit thead{position:absolute;left:-99rem}.crit tr.said{display:grid;grid-template-columns:1fr 1fr;padding-top:.5rem}
-.crit tr.said td{padding:.05rem .7rem .05rem 0;text-align:left}
-.crit tr.said td:first-child{grid-column:1/3;font-weight:600}
-.crit tr.said td[data-l]::before{content:attr(data-l) " ";color:var(--soft)}.crit tr.why td{display:block}}
+.crit,.crit tbody{display:block}.crit thead{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
+.crit tr.said{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));padding-top:.5rem}
+.crit tr.said td,.crit tr.said th{padding:.05rem .7rem .05rem 0;text-align:left}
+.crit tr.said th{grid-column:1/3;font-weight:600}
+.crit tr.said td[data-l]::before{content:attr(data-l) " ";color:var(--soft)}
+.crit tr.why,.crit tr.why td{display:block}.crit td.n{white-space:normal}}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#333;--line:#999;--paper:#fff;--wash:#fff;--pass:#1a6b3c;
 --fail:#a8201a;--inconclusive:#8a5a00;--incomplete:#4a5361;--mark:#22507c}
 body{font-size:11pt}main{max-width:none;padding:0}.scroll,blockquote{overflow:visible;max-height:none}

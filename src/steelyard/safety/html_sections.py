@@ -158,22 +158,21 @@ def variants(found: Sequence[VariantView]) -> str:
     rows = [
         (
             text(one.name),
-            text(one.what),
-            f"<code>{text(one.subject_digest[:16])}…</code>",
-            text(one.subject.dtype),
             *(state(one.states[name]) if name in one.states else "–" for name in policies),
+            text(one.subject.dtype),
+            f"<code>{text(one.subject_digest[:16])}…</code>",
         )
         for one in found
     ]
     return (
         f'<h2>Variants</h2><p class="soft">{note}</p>'
-        + table("variants", ("variant", "what was tested", "subject", "dtype", *policies), rows)
+        + table("variants", ("variant", *policies, "dtype", "subject"), rows)
         + "".join(map(_variant, found))
     )
 
 
 def _variant(one: VariantView) -> str:
-    title = f"<h3>{text(one.name)} against the model itself</h3>"
+    title = f"<h3>{text(one.name)} against the model itself</h3><p>Tested: {text(one.what)}.</p>"
     wrong = listed(map(text, one.findings))
     if not one.differences:
         return f"{title}{wrong}<p>They were not measured alike, so nothing can be said about their difference.</p>"
