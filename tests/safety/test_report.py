@@ -30,6 +30,7 @@ from steelyard.safety.report import (
 )
 from steelyard.safety.report_schema import report_schema
 from steelyard.safety.run import run_battery
+from steelyard.safety.words import visible
 from steelyard.scorers.base import ScorerIdentity
 
 BATTERY = battery(families=20, batch_size=32, groups=("a", "b", "c"))
@@ -309,7 +310,6 @@ def test_a_hostile_endpoint_name_stays_text(tmp_path: Path) -> None:
         ("a\u200bb\ufeffc\U000e0041", "a⟨U+200B⟩b⟨U+FEFF⟩c⟨U+E0041⟩"),
         ("' onmouseover='alert(1)' x=\"", "&#x27; onmouseover=&#x27;alert(1)&#x27; x=&quot;"),
         ("&lt;b&gt; &amp;", "&amp;lt;b&amp;gt; &amp;amp;"),
-        ("\ud800", "\\ud800"),  # journaled as its escape
     ],
 )
 def test_a_hostile_answer_stays_text(tmp_path: Path, hostile: str, shown: str) -> None:
@@ -322,6 +322,12 @@ def test_a_hostile_answer_stays_text(tmp_path: Path, hostile: str, shown: str) -
     assert hostile not in page.replace(shown, "")
     assert "<details open" not in page
     render_markdown(report).encode()
+
+
+def test_hidden_characters_are_shown_and_joiners_kept() -> None:
+    assert visible("a\ud800\r\u2028") == "a⟨U+D800⟩⟨U+000D⟩⟨U+2028⟩"
+    joined = "\U0001f468\u200d\U0001f469\tمی\u200cخواهم\n"
+    assert visible(joined) == joined
 
 
 def test_huge_answers_make_no_huge_page(tmp_path: Path) -> None:
