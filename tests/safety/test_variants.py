@@ -32,7 +32,7 @@ def varied(tmp_path: Path) -> Path:
         run_battery(job(**parts), out=out, ledger=ledger)
         for name, changes in (("q4", parts), ("strange", parts | {"battery": battery(seed=8)})):
             folder = out / "variants" / name
-            write_note(Made(name=name, what=HOSTILE, model="somewhere"), folder)
+            write_note(Made(name=name, what=HOSTILE), folder)
             endpoint, its = FakeEndpoint(worse), subject(name.encode().hex()[:2] * 32)
             run_battery(job(endpoint=endpoint, subject=its, **changes), out=folder, ledger=ledger)
     write_report(out)

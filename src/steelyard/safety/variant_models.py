@@ -112,11 +112,10 @@ def run_variants(
 def open_variant(variant: Variant, model: Path, folder: Path, server_model: str, progress: Progress) -> Tested:
     """The variant of the model in folder `model`, noted in `folder`, its weights made there where they are to be made
     and are not there yet. Raises UsageError where `folder` holds another variant of that name."""
-    made = _described(variant, model, folder)
+    made, place = _described(variant, model, folder)
     if (folder / NOTE).exists() and (found := read_note(folder)).what != made.what:
         raise UsageError(f"--variants: {made.name}: {folder} holds another ({found.what}): give a name of its own")
     write_note(made, folder)
-    place = Path(made.model)
     if not place.exists():
         if variant.source is None:
             _make(variant.name, model, place, progress)
@@ -137,7 +136,7 @@ def open_variant(variant: Variant, model: Path, folder: Path, server_model: str,
     return Tested(LocalEndpoint.open(place, dtype=dtype, progress=progress), subject, shipped_sampling(place))
 
 
-def _described(variant: Variant, model: Path, folder: Path) -> Made:
+def _described(variant: Variant, model: Path, folder: Path) -> tuple[Made, Path]:
     """What the variant is, and where its weights lie or will lie."""
     name, source, place = variant.name, variant.source, folder / MODEL
     if source is not None and source.is_dir():
@@ -150,7 +149,7 @@ def _described(variant: Variant, model: Path, folder: Path) -> Made:
         what = f"every tensor as {CASTS[name]}"
     else:
         what = f"every matrix rounded to {name.upper()} blocks, and these values read into bfloat16"
-    return Made(name=name, what=what + (f"; {variant.url} answers" if variant.url else ""), model=str(place))
+    return Made(name=name, what=what + (f"; {variant.url} answers" if variant.url else "")), place
 
 
 def _stated_sampling(model: Path) -> dict[str, Any] | None:

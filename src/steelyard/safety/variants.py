@@ -30,11 +30,10 @@ _NOTE_LIMIT = 64 << 10
 
 
 class Made(Strict):
-    """What a variant is and where its weights lie, as `variants/NAME/variant.json` holds it."""
+    """What a variant is, as `variants/NAME/variant.json` holds it."""
 
     name: str = Field(pattern=NAME)
     what: str
-    model: str
 
 
 class VariantView(Strict):
