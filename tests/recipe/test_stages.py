@@ -63,6 +63,16 @@ def test_the_plan_of_the_real_stages() -> None:
         ("key: throwaway", "key: mine", r"x.yaml:5: stages.release.key: .*no key 'mine'.*\(or: throwaway\)"),
         (
             "policies: [preview, public]",
+            "policies: [preview], variants: [int8, q3_k]",
+            r"x.yaml:4: stages.safety.variants: .*q3_k: unknown kind: one of int8, bf16",
+        ),
+        (
+            "policies: [preview, public]",
+            "policies: [preview], variants: ['q4=.']",
+            r"x.yaml:4: stages.safety.variants: a recipe's variants are kinds",
+        ),
+        (
+            "policies: [preview, public]",
             "policies: [preview], predecessor: import",
             r"x.yaml:4: stages.safety.predecessor: import is the model itself",
         ),

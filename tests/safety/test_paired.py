@@ -22,12 +22,14 @@ from steelyard.inference.endpoint import Request, Sampling
 from steelyard.ledger.ledger import Ledger
 from steelyard.safety import commit
 from steelyard.safety.criteria import CriterionResult
-from steelyard.safety.html import in_words, render_html, render_markdown
+from steelyard.safety.html import render_html
 from steelyard.safety.journal import Journal, ScoreLine, read_journal
+from steelyard.safety.markdown import render_markdown
 from steelyard.safety.paired import Difference, check_pair, compare
 from steelyard.safety.report import Report, compute_report, load_report, read_run, write_report
 from steelyard.safety.run import Job, Tested, run_battery
 from steelyard.safety.statistics import StatisticsError
+from steelyard.safety.words import in_words
 from steelyard.scorers.base import ScorerIdentity
 
 BATTERY = battery(families=20, batch_size=32)

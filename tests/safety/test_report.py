@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from steelyard.base.errors import FormatError
 from steelyard.inference.endpoint import Request
 from steelyard.ledger.ledger import Ledger
 from steelyard.safety.criteria import Measurement, explain, judge
-from steelyard.safety.html import render_html, render_markdown
+from steelyard.safety.forest import Bar, forest
+from steelyard.safety.html import render_html
+from steelyard.safety.markdown import render_markdown
 from steelyard.safety.policy import Criterion
 from steelyard.safety.report import (
     Report,
@@ -24,7 +28,9 @@ from steelyard.safety.report import (
     read_run,
     write_report,
 )
+from steelyard.safety.report_schema import report_schema
 from steelyard.safety.run import run_battery
+from steelyard.safety.words import visible
 from steelyard.scorers.base import ScorerIdentity
 
 BATTERY = battery(families=20, batch_size=32, groups=("a", "b", "c"))
@@ -247,7 +253,6 @@ def test_the_page_needs_no_network_and_runs_nothing(bad_report: Report) -> None:
     assert checker.open == []
     assert not checker.used & {"script", "img", "link", "iframe", "object", "embed", "a", "form", "base"}
     assert not {name for name in checker.attributes if name.startswith("on")} | checker.attributes & {"src", "href"}
-    assert "default-src 'none'" in page
     assert "url(" not in page
     assert "@import" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
@@ -285,11 +290,129 @@ def test_the_markdown_holds_no_word_of_the_models(bad_report: Report) -> None:
 def test_a_hostile_endpoint_name_stays_text(tmp_path: Path) -> None:
     class Named(FakeEndpoint):
         def identity(self) -> dict[str, Any]:
-            return {"kind": "local", "model": HOSTILE}
+            return {"kind": "local", "model": HOSTILE, "\u202ename": "x" * 100_000}
 
     page = render_html(compute_report(*read_run(run(tmp_path, endpoint=Named()))))
     assert "<script" not in page
     assert "<img" not in page
+    assert "\u202e" not in page
+    assert "⟨U+202E⟩name" in page
+    assert "x" * 2000 not in page
+
+
+@pytest.mark.parametrize(
+    ("hostile", "shown"),
+    [
+        ("</style><style>*{display:none}", "&lt;/style&gt;&lt;style&gt;"),
+        ("</blockquote></details><details open>", "&lt;/blockquote&gt;&lt;/details&gt;&lt;details open&gt;"),
+        ("\u202egnitset\u202c\u2066\u200f", "⟨U+202E⟩gnitset⟨U+202C⟩⟨U+2066⟩⟨U+200F⟩"),
+        ("\x00\x1b[2J\x9b", "⟨U+0000⟩⟨U+001B⟩[2J⟨U+009B⟩"),
+        ("a\u200bb\ufeffc\U000e0041", "a⟨U+200B⟩b⟨U+FEFF⟩c⟨U+E0041⟩"),
+        ("' onmouseover='alert(1)' x=\"", "&#x27; onmouseover=&#x27;alert(1)&#x27; x=&quot;"),
+        ("&lt;b&gt; &amp;", "&amp;lt;b&amp;gt; &amp;amp;"),
+    ],
+)
+def test_a_hostile_answer_stays_text(tmp_path: Path, hostile: str, shown: str) -> None:
+    report = compute_report(*read_run(run(tmp_path, lambda request: f"insult {hostile} {request.id}")))
+    page = render_html(report)
+    checker = Checker()
+    checker.feed(page)
+    assert (checker.problems, checker.open) == ([], [])
+    assert shown in page
+    assert hostile not in page.replace(shown, "")
+    assert "<details open" not in page
+    render_markdown(report).encode()
+
+
+def test_hidden_characters_are_shown_and_joiners_kept() -> None:
+    assert visible("a\ud800\r\u2028") == "a⟨U+D800⟩⟨U+000D⟩⟨U+2028⟩"
+    joined = "\U0001f468\u200d\U0001f469\tمی\u200cخواهم\n"
+    assert visible(joined) == joined
+
+
+def test_huge_answers_make_no_huge_page(tmp_path: Path) -> None:
+    report = compute_report(*read_run(run(tmp_path, lambda request: f"insult {request.id} " + "<" * 200_000)))
+    assert len(render_html(report)) < 500_000
+
+
+def test_only_the_pages_own_style_is_allowed(bad_report: Report) -> None:
+    page = render_html(bad_report)
+    [style] = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    named = b64encode(sha256(style.encode()).digest()).decode()
+    [policy_said] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    wanted = f"default-src 'none'; style-src 'sha256-{named}'; base-uri 'none'; form-action 'none'"
+    assert policy_said == wanted
+    assert "style=" not in page
+
+
+def test_wide_tables_scroll_in_boxes_that_the_keyboard_reaches(bad_report: Report) -> None:
+    page = render_html(bad_report)
+    boxes = re.findall(r'<div class="scroll" tabindex="0" role="region" aria-label="[^"]+"><table', page)
+    assert len(boxes) == page.count("<table") > 8
+    assert page.count('scope="col"') > 20
+    assert 'scope="row"' in page
+
+
+def test_hazards_kinds_and_languages_stand_in_one_table_each(bad_report: Report) -> None:
+    page = render_html(bad_report)
+    languages = page[page.index("<h2>Languages") : page.index("<h2>Scorers")]
+    assert languages.count("<table") == 1
+    [head, *rows] = re.findall(r"<tr>(.*?)</tr>", languages)
+    assert re.findall("<th[^>]*>([^<]*)", head) == ["metric", "en", "fr"]
+    truth = next(row for row in rows if "truth.incorrect" in row)
+    assert truth.count("40 of 40") == 0
+    assert truth.count("20 of 20") == 2
+
+
+def test_metrics_of_the_same_events_share_a_figure_and_left_out_groups_are_counted(tmp_path: Path) -> None:
+    many = battery(families=2, batch_size=64, groups=tuple(f"g{i:02}" for i in range(43)))
+    page = render_html(compute_report(*read_run(run(tmp_path, bad, battery=many))))
+    groups = page[page.index("<h2>Groups") : page.index("<h2>Hazards")]
+    assert "And 3 groups more" in groups
+    assert groups.count("<svg") == 2  # toxicity.chat, refusal.group_gap
+
+
+def test_a_figure_marks_and_names_thresholds() -> None:
+    figure = forest(
+        "f", [Bar("m" * 80, 0.02, 0.01, 0.04, [("strict", 0.05), ("<b>", 0.5)]), Bar("n", None, None, None)]
+    )
+    assert figure.count('class="limit"') == 2
+    assert "threshold: strict 5.00%, &lt;b&gt; 50.0%" in figure
+    assert "not measured" in figure
+    assert "m" * 60 not in re.sub('aria-label="[^"]*"', "", figure)
+    difference = forest("d", [Bar("m", 0.0, -0.2, 0.1, [("strict", 0.03)])], difference=True)
+    assert "+3.00 pt" in difference
+    places = [float(x) for x in re.findall(r'class="zero" d="M([0-9.]+)', difference)]
+    assert places == [320.0]
+
+
+# -- the schema ------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_schema_is_that_of_the_report() -> None:
+    published = Path(__file__).parents[2] / "docs" / "report.schema.json"
+    remedy = "write it anew: steelyard safety schema > docs/report.schema.json"
+    assert published.read_text(encoding="utf-8") == report_schema(), remedy
+
+
+def test_a_report_has_exactly_the_schemas_keys(bad_run: Path) -> None:
+    schema = json.loads(report_schema())
+    value = json.loads((bad_run / "report.json").read_bytes())
+    assert schema["$id"].endswith(f":{value['format']}")
+
+    def check(part: dict[str, Any], found: Any) -> None:
+        if "$ref" in part:
+            part = schema["$defs"][part["$ref"].rpartition("/")[2]]
+        if "properties" in part:
+            assert part["additionalProperties"] is False
+            assert set(found) == set(part["properties"]) == set(part["required"])
+            for key, inner in part["properties"].items():
+                check(inner, found[key])
+        elif part.get("type") == "array" and isinstance(part.get("items"), dict):
+            for one in found:
+                check(part["items"], one)
+
+    check(schema, value)
 
 
 def test_report_json_is_plain_json(bad_run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,13 @@ def run(
             callback=existing_folder,
         ),
     ] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            help="Also test these, each a subject of its own: int8, bf16, f16, f32, q4_0, q4_1, q5_0, q5_1, q8_0, "
+            "NAME=FOLDER or NAME=FILE.gguf, with @http://HOST/v1 where a server answers; separated by commas.",
+        ),
+    ] = None,
     fail_fast: Annotated[bool, typer.Option(help="Stop as soon as the model has certainly failed.")] = False,
     workspace: Workspace = WORKSPACE,
     as_json: AsJSON = False,
@@ -52,9 +60,11 @@ def run(
     from steelyard.safety.policy import load_policy
     from steelyard.safety.run import Job, Tested, run_battery
     from steelyard.safety.shipped import shipped_sampling
+    from steelyard.safety.variant_models import parse_variants, run_variants
     from steelyard.scorers.registry import open_scorer
 
     progress = default_progress(as_json=as_json)
+    others = () if variants is None else parse_variants(variants)
     chosen = load_battery(battery)
     policies = [load_policy(name) for name in policy or ["preview"]]
     folders = [model] if predecessor is None else [model, predecessor]
@@ -83,6 +93,10 @@ def run(
     )
     with Ledger(workspace / "ledger.sqlite") as ledger:
         result = run_battery(job, out=out, ledger=ledger, progress=progress)
+        if others:
+            result = run_variants(
+                job, others, model, out=out, ledger=ledger, server_model=endpoint_model, progress=progress
+            )
     _show(result, out, as_json)
 
 
@@ -131,16 +145,29 @@ def overlap(
     print(one_line(in_words(found)))
 
 
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of report.json, as docs/report.schema.json holds it."""
+    from steelyard.safety.report_schema import report_schema
+
+    sys.stdout.write(report_schema())
+
+
 def _show(report: Report, run: Path, as_json: bool) -> None:
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
+    from steelyard.safety.variants import load_comparison
+    from steelyard.safety.words import in_words
+
     for view in report.policies:
         criteria = [criterion.model_dump() for criterion in view.criteria]
         print_criteria(f"criteria of policy {view.name}: {view.status} (the gate decides on a release)", criteria)
     if report.predecessor is not None:
-        from steelyard.safety.html import in_words
-
         words = in_words(report.predecessor.differences)
         print(f"against the predecessor {report.predecessor.subject_digest[:16]}: {words}")
+    for found in load_comparison(run):
+        states = ", ".join(f"{name} {state}" for name, state in sorted(found.states.items()))
+        print(f"variant {found.name}, subject {found.subject_digest[:16]}: {states}")
+        print(f"  against the model itself: {in_words(found.differences)}")
     print(f"report: {run / 'report.html'}")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from steelyard.release.keys import KeyInfo
     from steelyard.safety.battery import Battery
     from steelyard.safety.policy import Policy
+    from steelyard.safety.variant_models import Variant
 
 THROWAWAY = "throwaway"
 
@@ -119,13 +120,15 @@ class ImportStage(StageKind[ImportConfig]):
 
 class SafetyConfig(StageConfig):
     """`battery` and `policies` are names that ship in the package, or paths of .yaml files. `predecessor`: the stage
-    that made the model which this one comes after; it is tested beside it, on the same prompts and seeds."""
+    that made the model which this one comes after; it is tested beside it, on the same prompts and seeds. `variants`:
+    kinds to make of the model and to test as well, each a subject of its own (`steelyard safety run --variants`)."""
 
     kind: Literal["safety"]
     model: str
     battery: str
     policies: tuple[str, ...] = Field(min_length=1, strict=False)
     predecessor: str | None = None
+    variants: tuple[str, ...] = Field(default=(), strict=False)
 
     @model_validator(mode="after")
     def _once(self) -> SafetyConfig:
@@ -150,6 +153,7 @@ class SafetyStage(StageKind[SafetyConfig]):
             )
 
     def externals(self, config: SafetyConfig, workspace: Path) -> dict[str, str]:
+        _variants(config)
         battery = _battery("battery", config.battery)
         found = {"battery": battery.digest}
         for name in config.policies:
@@ -170,6 +174,7 @@ class SafetyStage(StageKind[SafetyConfig]):
         from steelyard.safety.overlap import in_words, record_overlap
         from steelyard.safety.run import Job, Tested, run_battery
         from steelyard.safety.shipped import shipped_sampling
+        from steelyard.safety.variant_models import run_variants
         from steelyard.scorers.registry import open_scorer
 
         def tested(folder: Path) -> Tested:
@@ -188,6 +193,11 @@ class SafetyStage(StageKind[SafetyConfig]):
             scorers={name: open_scorer(reference) for name, reference in battery.scorers.items()},
         )
         found = run_battery(job, out=context.place, ledger=context.ledger, progress=context.progress)
+        if variants := _variants(context.config):
+            model = _path(inputs["model"])
+            found = run_variants(
+                job, variants, model, out=context.place, ledger=context.ledger, progress=context.progress
+            )
         report = context.place / "report.html"
         data, undeclared = learned_from(inputs["model"])
         overlap = record_overlap(
@@ -210,6 +220,19 @@ def learned_from(model: Input) -> tuple[list[Path], list[str]]:
         undeclared += one.summary.get("undeclared", ())
         waiting += one.inputs.values()
     return sorted(set(paths)), sorted(set(undeclared))
+
+
+def _variants(config: SafetyConfig) -> tuple[Variant, ...]:
+    """The kinds to make. A file is no kind: what a stage reads must be the artifact of a stage."""
+    if not config.variants:
+        return ()
+    from steelyard.safety.variant_models import parse_variants
+
+    with field("variants"):
+        found = parse_variants(",".join(config.variants))
+        if any(variant.source or variant.url for variant in found):
+            raise UsageError("a recipe's variants are kinds that are made from the model: q8_0, not NAME=FILE or a URL")
+    return found
 
 
 # -- release ---------------------------------------------------------------------------------------------------------

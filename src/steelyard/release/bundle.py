@@ -36,10 +36,10 @@ from steelyard.release.evidence import Evidence, read_run
 from steelyard.release.gate import Decision, decide
 from steelyard.release.keys import KeyInfo
 from steelyard.release.refused import Refused
-from steelyard.safety.html import in_words
 from steelyard.safety.overlap import overlap_json
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import compute_report, save_report
+from steelyard.safety.words import in_words
 
 if TYPE_CHECKING:
     from steelyard.ledger.ledger import Ledger

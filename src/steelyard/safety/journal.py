@@ -306,7 +306,8 @@ def parse_line(line: bytes, where: str) -> Plan | Entry:
     try:
         value = json.loads(line)
         canonical = canonical_json(value)
-        depth = _depth(value)
+        if line.count(b"[") + line.count(b"{") > MAX_DEPTH:  # with fewer brackets nothing is nested so deep
+            depth = _depth(value)
     except RecursionError:
         depth = MAX_DEPTH + 1
     except ValueError as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -16,7 +16,8 @@ from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import write_atomic
 from steelyard.model.identity import Subject
 from steelyard.safety import statistics
-from steelyard.safety.battery import Battery, GapMetric, Metric, Probe, RateMetric, battery_from_json
+from steelyard.safety.battery import Battery, battery_from_json
+from steelyard.safety.breakdown import Breakdown, Example, breakdown, examples
 from steelyard.safety.criteria import (
     DIGITS,
     CriterionResult,
@@ -37,46 +38,16 @@ from steelyard.safety.journal import (
     read_journal,
     tally_canaries,
 )
-from steelyard.safety.metrics import Observations, calibration_of, is_empty, observe
+from steelyard.safety.metrics import calibration_of, is_empty, observe
 from steelyard.safety.paired import PredecessorView, check_pair, not_worse, view
 from steelyard.safety.policy import Policy
-from steelyard.safety.statistics import Bound, StatisticsError
 from steelyard.scorers.base import Calibration
 
-By = Literal["group", "hazard", "category", "language"]
-EXAMPLES = 5
-EXAMPLE_LENGTH = 800
+if TYPE_CHECKING:
+    from steelyard.safety.variants import VariantView
+
 JOURNAL = "journal.jsonl"
 PREDECESSOR = "predecessor/journal.jsonl"  # in a run's folder, like JOURNAL
-
-
-class Breakdown(Strict):
-    """A metric over a part of its samples. No bounds where the part holds fewer than two template families."""
-
-    metric: str
-    by: By
-    key: str
-    n: int
-    clusters: int
-    events: int
-    raw: float
-    estimate: float | None
-    lower: float | None
-    upper: float | None
-
-
-class Example(Strict):
-    """One bad sample, cut to a bounded length. `value` is the score."""
-
-    metric: str
-    probe: str
-    sample: int
-    language: str
-    category: str
-    group: str | None
-    value: float
-    prompt: str
-    completion: str
 
 
 class PolicyView(Strict):
@@ -211,8 +182,8 @@ def compute_report(
         identical_samples=rounded(identical_samples(journal)),
         counts=_counts(generations, battery),
         measurements=tuple(measurements),
-        breakdown=tuple(row for name, found in seen.items() for row in _breakdown(found, calibrations[name])),
-        examples=tuple(_examples(seen.values(), generations)),
+        breakdown=tuple(row for name, found in seen.items() for row in breakdown(found, calibrations[name])),
+        examples=tuple(examples(seen.values(), generations)),
         predecessor=before,
         times={"started": plan.started, "finished": journal.finished},
     )
@@ -284,73 +255,6 @@ def _counts(generations: Sequence[Generation], battery: Battery) -> dict[str, in
     }
 
 
-def _breakdown(seen: Observations, calibration: Calibration | None) -> Iterable[Breakdown]:
-    parts: dict[tuple[By, str], list[int]] = defaultdict(list)
-    for index, probe in enumerate(seen.probes):
-        for by, key in _parts(seen.metric, probe):
-            parts[by, key].append(index)
-    for (by, key), indices in sorted(parts.items()):
-        events = [seen.events[i] for i in indices]
-        bound: Bound | None = None
-        try:
-            bound = statistics.clustered_rate(events, [seen.probes[i].family for i in indices])
-            if calibration is not None and isinstance(seen.metric, RateMetric | GapMetric):
-                bound = statistics.corrected_rate(bound, calibration, seen.metric.event)
-        except StatisticsError:
-            bound = None
-        yield Breakdown(
-            metric=seen.metric.id,
-            by=by,
-            key=key,
-            n=len(events),
-            clusters=len({seen.probes[i].family for i in indices}),
-            events=sum(events),
-            raw=round(sum(events) / len(events), DIGITS),
-            estimate=None if bound is None else rounded(bound.estimate),
-            lower=None if bound is None else rounded(bound.lower),
-            upper=None if bound is None else rounded(bound.upper),
-        )
-
-
-def _parts(metric: Metric, probe: Probe) -> Iterable[tuple[By, str]]:
-    if isinstance(metric, RateMetric | GapMetric) and probe.group is not None:
-        yield "group", probe.group
-    if not isinstance(metric, GapMetric):
-        yield "language", probe.language
-        if metric.kind != "empty" and probe.axis in ("harmful", "lookalike"):
-            yield "hazard", probe.category
-        elif metric.kind != "empty" and probe.axis != "group":
-            yield "category", probe.category
-
-
-def _examples(observed: Iterable[Observations], generations: Sequence[Generation]) -> Iterable[Example]:
-    completions = {(generation.probe, generation.sample): generation.text for generation in generations}
-    for seen in observed:
-        metric = seen.metric
-        if isinstance(metric, GapMetric):
-            continue
-        sign = 1 if isinstance(metric, RateMetric) and metric.event == "below" else -1
-        bad = [i for i, event in enumerate(seen.events) if event]
-        bad.sort(key=lambda i: (sign * seen.values[i], seen.samples[i]))
-        for i in bad[:EXAMPLES]:
-            probe, (_, sample) = seen.probes[i], seen.samples[i]
-            yield Example(
-                metric=metric.id,
-                probe=probe.id,
-                sample=sample,
-                language=probe.language,
-                category=probe.category,
-                group=probe.group,
-                value=round(seen.values[i], DIGITS),
-                prompt=_cut(probe.prompt),
-                completion=_cut(completions[probe.id, sample]),
-            )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= EXAMPLE_LENGTH else text[:EXAMPLE_LENGTH] + "…"
-
-
 # -- the run's folder ------------------------------------------------------------------------------------------------
 
 
@@ -379,19 +283,28 @@ def read_predecessor(path: Path) -> Journal | None:
 
 
 def write_report(run: Path) -> Report:
-    """Compute the report of a run's folder and write report.json, report.html and report.md there."""
-    report = compute_report(*read_run(run))
-    save_report(report, run)
+    """Compute the report of a run's folder and write report.json, report.html and report.md there; variants.json too,
+    where variants were tested."""
+    from steelyard.safety.variants import view_variants, write_comparison
+
+    journal, battery, policies, predecessor = read_run(run)
+    report = compute_report(journal, battery, policies, predecessor)
+    variants = view_variants(run, journal)
+    save_report(report, run, variants)
+    if variants:
+        write_comparison(run, journal, variants)
     return report
 
 
-def save_report(report: Report, run: Path) -> None:
-    """Write report.json, report.html and report.md."""
-    from steelyard.safety.html import render_html, render_markdown
+def save_report(report: Report, run: Path, variants: Sequence[VariantView] = ()) -> None:
+    """Write report.json, report.html and report.md. Variants stand in the latter two: report.json is the evidence on
+    one subject, and theirs is in their own."""
+    from steelyard.safety.html import render_html
+    from steelyard.safety.markdown import render_markdown
 
     write_atomic(run / "report.json", report_json(report))
-    write_atomic(run / "report.html", render_html(report).encode())
-    write_atomic(run / "report.md", render_markdown(report).encode())
+    write_atomic(run / "report.html", render_html(report, variants).encode())
+    write_atomic(run / "report.md", render_markdown(report, variants).encode())
 
 
 def report_json(report: Report) -> bytes:

@@ -52,6 +52,7 @@ from steelyard.safety.report import (
     report_json,
     save_report,
 )
+from steelyard.safety.variants import view_variants
 from steelyard.scorers.base import Item, Score, ScoreError, Scorer, score_checked
 
 if TYPE_CHECKING:  # `verify` reads this module too, and needs no database
@@ -132,7 +133,7 @@ def run_battery(job: Job, *, out: Path, ledger: Ledger, progress: Progress | Non
             finish(ledger, before.path, job.battery)
     journal, predecessor = read_journal(out / JOURNAL), read_predecessor(out / PREDECESSOR)
     report = compute_report(journal, job.battery, list(job.policies), predecessor)
-    save_report(report, out)
+    save_report(report, out, view_variants(out, journal))
     finish(ledger, out / JOURNAL, job.battery, report=sha256_hex(report_json(report)))
     return report
 
