@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 
 from steelyard.base.errors import UsageError
+from steelyard.scorers.adapters.adapter import Uncalibrated, open_adapter
+from steelyard.scorers.adapters.adapter import open_uncalibrated as open_uncalibrated_adapter
 from steelyard.scorers.base import Scorer
 from steelyard.scorers.contextual import ContextualScorer
 from steelyard.scorers.embedded import SentenceScorer
@@ -13,9 +15,10 @@ from steelyard.scorers.head import KINDS
 from steelyard.scorers.lexical import LexicalScorer
 
 
-def open_scorer(reference: str) -> Scorer:
+def open_scorer(reference: str, folder: Path = Path()) -> Scorer:
     """The scorer that `reference` names: `embedded:NAME`, one that ships; `trained:FOLDER/NAME`, one that `steelyard
-    scorer train NAME` wrote to FOLDER; or `python:MODULE:FACTORY`.
+    scorer train NAME` wrote to FOLDER; `adapter:FILE.yaml` (a relative FILE starts at `folder`: that of the battery
+    that names it), another model behind a file's description; or `python:MODULE:FACTORY`.
 
     The last imports MODULE and calls FACTORY without arguments. Raises UsageError for anything else, for a module or
     factory that can't be found or fails, and for a result that is no scorer; FormatError for damaged weights.
@@ -25,12 +28,25 @@ def open_scorer(reference: str) -> Scorer:
         return SentenceScorer(rest)
     if kind == "trained":
         return _trained(reference, Path(rest))
+    if kind == "adapter":
+        return open_adapter(folder / rest)
     if kind == "python":
         return _from_python(reference, rest)
     known = ", ".join(f"embedded:{name}" for name in KINDS)
     raise UsageError(
-        f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, or python:MODULE:FACTORY"
+        f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, adapter:FILE.yaml, or "
+        "python:MODULE:FACTORY"
     )
+
+
+def open_uncalibrated(reference: str, folder: Path = Path()) -> Uncalibrated:
+    """The same scorer for measuring its errors: an adapter need not have any yet."""
+    kind, _, rest = reference.partition(":")
+    if kind == "adapter":
+        return open_uncalibrated_adapter(folder / rest)
+    scorer = open_scorer(reference, folder)
+    identity = scorer.identity()
+    return Uncalibrated(identity.name, tuple(identity.categories), identity.weights, scorer.score)
 
 
 def _trained(reference: str, path: Path) -> Scorer:
