@@ -59,10 +59,10 @@ def card(
     from steelyard.scorers.base import Calibration
     from steelyard.scorers.card import scorer_card
     from steelyard.scorers.head import KINDS
-    from steelyard.scorers.registry import open_scorer
+    from steelyard.scorers.registry import open_uncalibrated
 
     names = references or [f"embedded:{name}" for name in KINDS]
-    cards = [scorer_card(open_scorer(reference), data) for reference in names]
+    cards = [scorer_card(open_uncalibrated(reference), data) for reference in names]
     for category in (category for found in cards for category in found["categories"].values()):
         if "calibration" not in category:  # of any category
             continue

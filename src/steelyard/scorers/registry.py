@@ -6,8 +6,7 @@ import importlib
 from pathlib import Path
 
 from steelyard.base.errors import UsageError
-from steelyard.scorers.adapters.adapter import Uncalibrated, open_adapter
-from steelyard.scorers.adapters.adapter import open_uncalibrated as open_uncalibrated_adapter
+from steelyard.scorers.adapters.adapter import open_adapter
 from steelyard.scorers.base import Scorer
 from steelyard.scorers.contextual import ContextualScorer
 from steelyard.scorers.embedded import SentenceScorer
@@ -39,14 +38,11 @@ def open_scorer(reference: str, folder: Path = Path()) -> Scorer:
     )
 
 
-def open_uncalibrated(reference: str, folder: Path = Path()) -> Uncalibrated:
-    """The same scorer for measuring its errors: an adapter need not have any yet."""
+def open_uncalibrated(reference: str, folder: Path = Path()) -> Scorer:
+    """The same scorer for measuring it: of an adapter that is not calibrated yet, the errors are those of a scorer of
+    which nothing is known, and no rate can be certified with it."""
     kind, _, rest = reference.partition(":")
-    if kind == "adapter":
-        return open_uncalibrated_adapter(folder / rest)
-    scorer = open_scorer(reference, folder)
-    identity = scorer.identity()
-    return Uncalibrated(identity.name, tuple(identity.categories), identity.weights, scorer.score)
+    return open_adapter(folder / rest, measured=False) if kind == "adapter" else open_scorer(reference, folder)
 
 
 def _trained(reference: str, path: Path) -> Scorer:

@@ -1,15 +1,15 @@
-"""From an adapter's file to a scorer; or, before its errors are measured, to one that may not decide anything."""
+"""From an adapter's file to a scorer. Before its errors are measured it may be opened for measuring only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from steelyard.base.canonical import code_digest, digest, sha256_file, sha256_hex
+from steelyard.base.canonical import code_digest, digest, sha256_file
 from steelyard.base.errors import FormatError, UsageError
 from steelyard.base.files import inside
 from steelyard.base.strict import strict_json
@@ -18,6 +18,17 @@ from steelyard.hub.sources import folder_digest
 from steelyard.scorers.adapters.canaries import LIMIT, own_canaries, shipped_canaries
 from steelyard.scorers.adapters.spec import ClassifierSpec, GuardSpec, ModerationSpec, Spec, read_spec
 from steelyard.scorers.base import Calibration, Canary, Item, Score, ScoreError, ScorerIdentity
+
+# What is known of a scorer whose errors nobody measured: nothing. It certifies no rate under 1.
+UNMEASURED = Calibration(
+    threshold=0.5,
+    true_positives=0,
+    positives=1,
+    true_negatives=0,
+    negatives=1,
+    source="not measured",
+    measured="never",
+)
 
 
 class Engine(Protocol):
@@ -31,27 +42,18 @@ class Engine(Protocol):
         """One result per item, in order."""
 
 
-@dataclass(frozen=True)
-class Uncalibrated:
-    """A scorer of unknown errors: to be calibrated, never to decide. `weights` as an identity has it: with canaries."""
-
-    name: str
-    categories: tuple[str, ...]
-    weights: str
-    score: Callable[[Sequence[Item]], list[Score | ScoreError]]
-
-
 class Adapter:
-    """A Scorer by somebody else's model, with the errors that were measured for it."""
+    """A Scorer by somebody else's model. `calibration` is its file of errors; without it they are UNMEASURED."""
 
-    def __init__(self, raw: Uncalibrated, spec: Spec, engine: Engine, canaries: Sequence[Canary], path: Path) -> None:
-        self._score, self._canaries = raw.score, list(canaries)
+    def __init__(self, spec: Spec, engine: Engine, canaries: Sequence[Canary], calibration: Path | None) -> None:
+        self._engine, self._canaries = engine, list(canaries)
         self.card = {"training": spec.training} if spec.training else {}
+        weights = digest([engine.weights, [asdict(canary) for canary in canaries]])
+        categories = dict.fromkeys(engine.categories, UNMEASURED)
+        if calibration is not None:
+            categories = _measured(calibration, engine.categories, weights)
         self._identity = ScorerIdentity(
-            name=raw.name,
-            weights=raw.weights,
-            code=code_digest(*engine.rooms),
-            categories=_calibration(path, raw),
+            name=spec.name, weights=weights, code=code_digest(*engine.rooms), categories=categories
         )
 
     def identity(self) -> ScorerIdentity:
@@ -60,64 +62,46 @@ class Adapter:
 
     def score(self, items: Sequence[Item]) -> list[Score | ScoreError]:
         """One result per item, in order; whatever fails is a ScoreError."""
-        return self._score(items)
+        return self._engine.score(items)
 
     def canaries(self) -> list[Canary]:
         """Known-label items of the categories covered."""
         return list(self._canaries)
 
 
-class _CalibrationFile(BaseModel):
-    """What `steelyard scorer calibrate` writes; what else it says there is for people."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    categories: dict[str, Calibration]
-    weights: str | None = None
-
-
-def open_adapter(path: Path) -> Adapter:
-    """The scorer that the file describes. Raises UsageError naming file and key, also where its errors have not been
-    measured yet; FormatError for a model folder that is unsafe."""
+def open_adapter(path: Path, *, measured: bool = True) -> Adapter:
+    """The scorer that the file describes. Raises UsageError naming file and key, FormatError for a model's folder that
+    is unsafe. Where the file names no calibration that is an UsageError too, unless it need not be `measured`."""
     spec, document = read_spec(path)
-    if spec.calibration is None:
-        raise document.located(
-            ("calibration",), f"this key is missing: measure the scorer's errors first: {_remedy(path)}"
-        )
-    raw, engine, canaries = _open(path, spec, document)
-    return Adapter(raw, spec, engine, canaries, _beside(path, "calibration", spec.calibration, document))
-
-
-def open_uncalibrated(path: Path) -> Uncalibrated:
-    """The same without its errors: for measuring them."""
-    spec, document = read_spec(path)
-    return _open(path, spec, document)[0]
-
-
-def adapter_files(path: Path) -> str:
-    """Digest of the file and of the files it names on this machine; nothing is fetched or asked."""
-    spec, document = read_spec(path)
-    named = {"calibration": spec.calibration, "canaries": spec.canaries}
-    found = {"adapter": sha256_file(path)}
-    for key, name in named.items():
-        if name is not None:
-            file = _beside(path, key, name, document)
-            found[key] = sha256_hex(read_text(file, key, LIMIT).encode())
-    if isinstance(spec, ClassifierSpec) and "://" not in spec.model:
-        from steelyard.scorers.adapters.classifier import model_folder
-
-        found["model"] = folder_digest(model_folder(spec, path.parent))
-    return digest(found)
-
-
-def _open(path: Path, spec: Spec, document: Document) -> tuple[Uncalibrated, Engine, list[Canary]]:
+    if spec.calibration is None and measured:
+        remedy = f"steelyard scorer calibrate --scorer adapter:{path} --labels FILE --out CALIBRATION.json"
+        raise document.located(("calibration",), f"this key is missing: first measure the scorer's errors: {remedy}")
     engine = _engine(path, spec, document)
     if spec.canaries is None:
         canaries = shipped_canaries(engine.categories)
     else:
         canaries = own_canaries(_beside(path, "canaries", spec.canaries, document), engine.categories)
-    weights = digest([engine.weights, [asdict(canary) for canary in canaries]])
-    return Uncalibrated(spec.name, engine.categories, weights, engine.score), engine, canaries
+    calibration = None
+    if spec.calibration is not None:
+        calibration = _beside(path, "calibration", spec.calibration, document)
+    return Adapter(spec, engine, canaries, calibration)
+
+
+def adapter_files(path: Path) -> str:
+    """Digest of the file and of the files it names on this machine; nothing is fetched or asked."""
+    spec, document = read_spec(path)
+    found = {"adapter": sha256_file(path)}
+    for key, name in (("calibration", spec.calibration), ("canaries", spec.canaries)):
+        if name is not None:
+            file = _beside(path, key, name, document)
+            if not file.is_file():
+                raise document.located((key,), f"{file}: no such file")
+            found[key] = sha256_file(file)
+    if isinstance(spec, ClassifierSpec) and "://" not in spec.model:
+        from steelyard.scorers.adapters.classifier import model_folder
+
+        found["model"] = folder_digest(model_folder(spec, document, path.parent))
+    return digest(found)
 
 
 def _engine(path: Path, spec: Spec, document: Document) -> Engine:
@@ -144,20 +128,25 @@ def _beside(path: Path, key: str, name: str, document: Document) -> Path:
         raise document.located((key,), str(error)) from error
 
 
-def _calibration(path: Path, raw: Uncalibrated) -> dict[str, Calibration]:
-    """The errors in a file. Raises UsageError where it is not of exactly this scorer's categories and weights."""
-    remedy = "measure again with steelyard scorer calibrate"
+class _Measured(BaseModel):
+    """What an adapter reads of the file that `steelyard scorer calibrate` writes."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    categories: dict[str, Calibration]
+    identity: ScorerIdentity | None = None
+
+
+def _measured(path: Path, categories: Sequence[str], weights: str) -> dict[str, Calibration]:
+    """The errors in a file. Raises UsageError where they are not of exactly these categories and weights."""
     try:
         found = strict_json(read_text(path, "calibration", LIMIT).encode(), str(path), limit=LIMIT)
     except FormatError as error:
         raise UsageError(str(error)) from error
-    file = Document(str(path), "calibration").validate(_CalibrationFile, found)
-    if set(file.categories) != set(raw.categories):
-        raise UsageError(f"{path}: categories: must be exactly {', '.join(raw.categories)}: {remedy}")
-    if file.weights is not None and file.weights != raw.weights:
-        raise UsageError(f"{path}: weights: measured for another model, other settings or canaries: {remedy}")
-    return {category: file.categories[category] for category in raw.categories}
-
-
-def _remedy(path: Path) -> str:
-    return f"steelyard scorer calibrate adapter:{path} --labels FILE"
+    file = Document(str(path), "calibration").validate(_Measured, found)
+    remedy = "take the key calibration out of the adapter's file and calibrate again"
+    if set(file.categories) != set(categories):
+        raise UsageError(f"{path}: categories: must be exactly {', '.join(categories)}: {remedy}")
+    if file.identity is not None and file.identity.weights != weights:
+        raise UsageError(f"{path}: measured on another model, other settings or other canaries: {remedy}")
+    return {category: file.categories[category] for category in categories}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steelyard.base.canonical import digest
-from steelyard.base.errors import FormatError, SteelyardError, require_extra
+from steelyard.base.errors import FormatError, SteelyardError, UsageError, require_extra
 from steelyard.base.progress import default_progress
 from steelyard.base.yamlfile import Document, nearest
 from steelyard.hub.sources import cache_folder, fetch, folder_digest
@@ -24,11 +24,17 @@ VOCABULARIES = ("vocab.txt", "sentencepiece.bpe.model", "spiece.model")  # besid
 _ACTIVATIONS = {"multi_label_classification": "sigmoid", "single_label_classification": "softmax"}
 
 
-def model_folder(spec: ClassifierSpec, beside: Path) -> Path:
-    """The model's folder: fetched, or relative to `beside`. Raises as `steelyard.hub.sources.fetch`."""
-    if "://" in spec.model:
-        return fetch(spec.model, cache_folder(), default_progress(as_json=False), also=VOCABULARIES)
-    return fetch(str(beside / Path(spec.model).expanduser()), cache_folder(), default_progress(as_json=False))
+def model_folder(spec: ClassifierSpec, document: Document, beside: Path) -> Path:
+    """The model's folder: fetched, or relative to `beside`. Raises UsageError naming the key where there is none, and
+    otherwise as `steelyard.hub.sources.fetch`."""
+    source = spec.model if "://" in spec.model else str(beside / Path(spec.model).expanduser())
+    try:
+        folder = fetch(source, cache_folder(), default_progress(as_json=False), also=VOCABULARIES)
+    except UsageError as error:
+        raise document.located(("model",), str(error)) from error
+    if not folder.is_dir():
+        raise document.located(("model",), f"{folder}: is a file: give a model's folder")
+    return folder
 
 
 class Classifier:
@@ -45,7 +51,7 @@ class Classifier:
         folder with anything that could run or without whole safetensors weights."""
         self.categories = tuple(spec.labels)
         self._window = spec.window
-        self._folder = model_folder(spec, beside)
+        self._folder = model_folder(spec, document, beside)
         weight_files(self._folder)  # refuses pickles, code, and weights that lie
         config = read_json_object(self._folder / "config.json")
         self._columns = _columns(spec, config, document)
