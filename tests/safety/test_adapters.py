@@ -92,7 +92,7 @@ def test_a_battery_runs_with_it(folder: Path, tmp_path: Path) -> None:
             out=tmp_path / "run",
             ledger=ledger,
         )
-    assert done.findings == ()
+    assert not done.findings
     journal = read_journal(tmp_path / "run" / "journal.jsonl")
     assert journal.plan.scorers["toxicity"] == scorers["toxicity"].identity()
     scores = [entry for entry in journal.entries if isinstance(entry, ScoreLine) and entry.scorer == "toxicity"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from steelyard.base.errors import UsageError
 from steelyard.safety.statistics import certifiable_floor
 from steelyard.scorers.adapters.adapter import UNMEASURED, adapter_files
 from steelyard.scorers.adapters.canaries import SHIPPED, shipped_canaries
-from steelyard.scorers.adapters.spec import CATEGORIES
+from steelyard.scorers.adapters.spec import CATEGORIES, read_spec
 from steelyard.scorers.registry import open_scorer, open_uncalibrated
 
 Write = Callable[..., Path]
@@ -161,3 +162,13 @@ def test_the_files_of_an_adapter_are_digested(adapter_file: Write) -> None:
     file.unlink()
     with pytest.raises(UsageError, match=r"scorer\.yaml:\d+: calibration: .* no such file"):
         adapter_files(path)
+
+
+def test_the_examples_of_the_documentation_are_whole(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scorers.md").read_text()
+    blocks = [part for part in page.split("\n\n") if part.startswith("    name: ")]
+    assert len(blocks) == 4
+    for block in blocks:
+        (tmp_path / "example.yaml").write_text(textwrap.dedent(block))
+        spec, _ = read_spec(tmp_path / "example.yaml")
+        assert spec.calibration == f"{spec.name}.calibration.json"
