@@ -42,7 +42,9 @@ def open_uncalibrated(reference: str, folder: Path = Path()) -> Scorer:
     """The same scorer for measuring it: of an adapter that is not calibrated yet, the errors are those of a scorer of
     which nothing is known, and no rate can be certified with it."""
     kind, _, rest = reference.partition(":")
-    return open_adapter(folder / rest, measured=False) if kind == "adapter" else open_scorer(reference, folder)
+    if kind == "adapter":
+        return open_adapter(folder / rest, measured=False)
+    return open_scorer(reference, folder)
 
 
 def _trained(reference: str, path: Path) -> Scorer:

@@ -116,7 +116,9 @@ def _engine(path: Path, spec: Spec, document: Document) -> Engine:
     try:
         if isinstance(spec, GuardSpec):
             return Guard(spec)
-        return Moderation(spec) if isinstance(spec, ModerationSpec) else Judge(spec)
+        if isinstance(spec, ModerationSpec):
+            return Moderation(spec)
+        return Judge(spec)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
 

@@ -44,7 +44,7 @@ class Classifier:
     another, their sum. Opening it reads no weights but digests them; scoring needs torch and transformers.
     """
 
-    rooms = ("scorers",)
+    rooms: tuple[str, ...] = ("scorers",)
 
     def __init__(self, spec: ClassifierSpec, document: Document, beside: Path) -> None:
         """Raises UsageError naming the key where the file and the model's config.json don't fit, FormatError for a
@@ -104,9 +104,12 @@ class Classifier:
             logits = model(input_ids=ids, attention_mask=mask).logits.double()
         if self._activation == "sigmoid":
             rows = logits.sigmoid().numpy()
-            return np.stack([rows[:, columns].max(axis=1) for columns in self._columns], axis=1)
-        rows = logits.softmax(dim=-1).numpy()
-        return np.stack([rows[:, columns].sum(axis=1).clip(max=1.0) for columns in self._columns], axis=1)
+            values = [rows[:, columns].max(axis=1) for columns in self._columns]
+        else:
+            rows = logits.softmax(dim=-1).numpy()
+            values = [rows[:, columns].sum(axis=1).clip(max=1.0) for columns in self._columns]
+        found: NDArray[np.float64] = np.stack(values, axis=1)
+        return found
 
     def _open(self) -> tuple[Any, Any]:
         try:

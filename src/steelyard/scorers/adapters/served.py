@@ -20,7 +20,7 @@ class Served:
     Raises UsageError where the address or the key can't work; asks nothing yet.
     """
 
-    rooms = ("scorers", "inference")
+    rooms: tuple[str, ...] = ("scorers", "inference")
 
     def __init__(self, spec: ServedSpec, categories: Sequence[str]) -> None:
         from steelyard.inference.openai import OpenAIEndpoint

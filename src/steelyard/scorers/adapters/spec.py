@@ -153,4 +153,5 @@ def read_spec(path: Path) -> tuple[Spec, Document]:
         raise document.located(
             ("kind",), f"{shown(kind)} is unknown{nearest(kind, _KINDS)} (allowed: {', '.join(_KINDS)})"
         )
-    return document.validate(_KINDS[kind], raw), document
+    spec: Spec = document.validate(_KINDS[kind], raw)
+    return spec, document
