@@ -66,7 +66,7 @@ VALUES = {
 
 def opened(write: Write, server: Server | None, kind: str, **keys: Any) -> Scorer:
     url = "http://localhost:1/v1" if server is None else server.url
-    path = write(base_url=url, model="m", **(KINDS[kind] | {"retries": 0, "timeout_s": 10.0} | keys))
+    path = write(**(KINDS[kind] | {"base_url": url, "model": "m", "retries": 0, "timeout_s": 10.0} | keys))
     return open_uncalibrated(f"adapter:{path}")
 
 
@@ -398,6 +398,7 @@ def test_the_identity_names_what_changes_values_and_nothing_else(kind: str, adap
     base = weights()
     assert weights(timeout_s=1.0, retries=3, concurrency=2, max_characters=5) == base
     assert weights(model="other") != base
+    assert weights(base_url="http://localhost:2/v1") != base
     (key,) = {"hazards", "labels", "rubric"} & set(KINDS[kind])
     changed = {name: (["S2"] if kind == "guard" else "other") for name in KINDS[kind][key]}
     assert weights(**{key: changed}) != base
