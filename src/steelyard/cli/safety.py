@@ -56,7 +56,7 @@ def run(
     from steelyard.inference.endpoint import Endpoint
     from steelyard.ledger.ledger import Ledger
     from steelyard.model.identity import subject_of
-    from steelyard.safety.battery import load_battery
+    from steelyard.safety.battery import battery_folder, load_battery
     from steelyard.safety.policy import load_policy
     from steelyard.safety.run import Job, Tested, run_battery
     from steelyard.safety.shipped import shipped_sampling
@@ -88,7 +88,7 @@ def run(
         predecessor=tested[1] if predecessor is not None else None,
         battery=chosen,
         policies=policies,
-        scorers={name: open_scorer(reference) for name, reference in chosen.scorers.items()},
+        scorers={name: open_scorer(reference, battery_folder(battery)) for name, reference in chosen.scorers.items()},
         fail_fast=fail_fast,
     )
     with Ledger(workspace / "ledger.sqlite") as ledger:

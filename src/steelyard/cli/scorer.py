@@ -66,10 +66,10 @@ def card(
     from steelyard.safety.statistics import certifiable_floor
     from steelyard.scorers.base import Calibration
     from steelyard.scorers.card import scorer_card
-    from steelyard.scorers.registry import EMBEDDED, open_scorer
+    from steelyard.scorers.registry import EMBEDDED, open_uncalibrated
 
     names = references or [f"embedded:{name}" for name in EMBEDDED]
-    cards = [scorer_card(open_scorer(reference), data) for reference in names]
+    cards = [scorer_card(open_uncalibrated(reference), data) for reference in names]
     for category in (category for found in cards for category in found["categories"].values()):
         if "calibration" not in category:  # of any category
             continue
@@ -111,7 +111,8 @@ def card(
             ]
             print_table(f"{found['name']}: learned from", ("source", "where from, licence", "rows"), sources)
             if "own_sentences_dropped" in training:
-                print(f"sentences of our own dropped, since they resemble a TEST case: {training['own_sentences_dropped']:,}")
+                dropped = training["own_sentences_dropped"]
+                print(f"sentences of our own dropped, since they resemble a TEST case: {dropped:,}")
 
 
 def _counted(shares: dict[str, dict[str, float]], measure: str) -> str:

@@ -56,8 +56,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("STEELYARD_CACHE") or Path.home() / ".cache" / "steelyard")
 
 
-def fetch(source: str, cache: Path, progress: Progress) -> Path:
-    """Bring `source` (see the module) onto this machine; returns a file or a folder.
+def fetch(source: str, cache: Path, progress: Progress, also: Sequence[str] = ()) -> Path:
+    """Bring `source` (see the module) onto this machine; returns a file or a folder. `also` names further files to take
+    from a repository on the Hub.
 
     Raises UsageError for a source that is written wrongly or lacks its digest, FormatError for content that has another
     digest or is unsafe, SteelyardError where a download fails.
@@ -65,7 +66,7 @@ def fetch(source: str, cache: Path, progress: Progress) -> Path:
     if source.startswith("pip://"):
         return _fetch_pip(source, cache, progress)
     if source.startswith("hf://"):
-        return _fetch_hf(source, cache, progress)
+        return _fetch_hf(source, cache, progress, also)
     if "://" in source:
         raise UsageError(f"{source}: unknown kind of source: write pip://, hf:// or a path")
     path = Path(source).expanduser()
@@ -252,7 +253,7 @@ def _parse_hf(source: str) -> re.Match[str]:
     return match
 
 
-def _fetch_hf(source: str, cache: Path, progress: Progress) -> Path:
+def _fetch_hf(source: str, cache: Path, progress: Progress, also: Sequence[str]) -> Path:
     match = _parse_hf(source)
 
     def check(made: Path) -> None:
@@ -260,7 +261,7 @@ def _fetch_hf(source: str, cache: Path, progress: Progress) -> Path:
         if not (made / "config.json").is_file():
             raise FormatError(f"{source}: has no config.json: not a model in the Hugging Face format")
 
-    return _snapshot(source, match["repo"], match["revision"], MODEL_FILES, cache, progress, check, "model")
+    return _snapshot(source, match["repo"], match["revision"], (*MODEL_FILES, *also), cache, progress, check, "model")
 
 
 def _snapshot(

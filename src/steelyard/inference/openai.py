@@ -12,11 +12,12 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from steelyard.base.errors import SteelyardError, UsageError, require_extra
@@ -32,7 +33,9 @@ BODY_BYTES = 16 << 20  # an answer of 100,000 tokens takes about 1 MB
 BACKOFF_S = 0.5  # before the second try; doubles with every further one
 LONGEST_WAIT_S = 60.0  # whatever a server's Retry-After asks for
 RETRIED_STATUS = frozenset({408, 409, 429, *range(500, 600)})
+KEY_PART = 8  # characters of a key that give it away in an excerpt that cuts it
 _FINISH: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
+T = TypeVar("T")
 
 
 class _TryAgainError(Exception):
@@ -102,12 +105,29 @@ class OpenAIEndpoint:
         """
         for request in requests:
             self._check_settings(request)
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(self._generate(requests))
-        with ThreadPoolExecutor(1) as pool:  # the caller has a loop of its own, as notebooks do
-            return pool.submit(asyncio.run, self._generate(requests)).result()
+        return _run(self._each(self._complete, requests))
+
+    def attempt(self, requests: Sequence[Request]) -> list[Completion | SteelyardError]:
+        """As `generate`, but a request that fails for good leaves its error in its place, and the others go on."""
+        for request in requests:
+            self._check_settings(request)
+        return _run(self._each(_settled(self._complete), requests))
+
+    def post(self, path: str, bodies: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+        """What `base_url`/`path` answers to each body, in order: a JSON value, or the SteelyardError of a body that
+        fails for good, which names its key in `bodies`. Tries and bounds are those of `generate`."""
+
+        async def one(client: httpx.AsyncClient, job: tuple[str, Mapping[str, Any]]) -> Any:
+            return await self._answer(client, f"{self.base_url}/{path}", *job)
+
+        return _run(self._each(_settled(one), list(bodies.items())))
+
+    def redacted(self, text: str) -> str:
+        """`text` on one line and without the API key: some servers quote the key they refuse. Of a key that an excerpt
+        cuts, whatever follows its first KEY_PART characters goes too."""
+        if self._key:
+            text = re.sub(re.escape(self._key[:KEY_PART]) + r"\S*", "***", text)
+        return "".join(c if c.isprintable() else " " for c in text)
 
     def _check_settings(self, request: Request) -> None:
         """Refuse what the protocol has no field for: servers would ignore it, or each call it something else."""
@@ -115,63 +135,67 @@ class OpenAIEndpoint:
         for name in ("min_p", "repetition_penalty", "stop_tokens"):
             if getattr(sampling, name) != getattr(plain, name):
                 reason = f"{name}: the OpenAI protocol has no such setting: leave it out, or use a local endpoint"
-                raise self._error(self._url(request), request, reason)
+                raise self._error(self._url(request), request.id, reason)
 
     def _url(self, request: Request) -> str:
         return f"{self.base_url}/{'completions' if isinstance(request.prompt, str) else 'chat/completions'}"
 
-    async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
-        done: list[Completion | None] = [None] * len(requests)
-        queue = iter(enumerate(requests))
+    async def _each(self, work: Callable[[httpx.AsyncClient, Any], Awaitable[T]], jobs: Sequence[Any]) -> list[T]:
+        """`work` on each job, `concurrency` at once; the first that raises ends the others."""
+        done: dict[int, T] = {}
+        queue = iter(enumerate(jobs))
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
+
+        async def worker(client: httpx.AsyncClient, queue: Iterator[tuple[int, Any]]) -> None:
+            for index, job in queue:
+                done[index] = await work(client, job)
+
         try:
             async with (
                 httpx.AsyncClient(headers=headers, timeout=self.timeout_s, follow_redirects=False) as client,
                 asyncio.TaskGroup() as group,
             ):
-                for _ in range(min(self.concurrency, len(requests))):
-                    group.create_task(self._work(client, queue, done))
+                for _ in range(min(self.concurrency, len(jobs))):
+                    group.create_task(worker(client, queue))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [completion for completion in done if completion is not None]
+        return [done[index] for index in range(len(jobs))]
 
-    async def _work(
-        self, client: httpx.AsyncClient, queue: Iterator[tuple[int, Request]], done: list[Completion | None]
-    ) -> None:
-        for index, request in queue:
-            done[index] = await self._complete(client, request)
-
-    async def _complete(self, client: httpx.AsyncClient, request: Request) -> Completion:
-        chat = not isinstance(request.prompt, str)
-        url = self._url(request)
-        body = json.dumps(self._body(request)).encode()
+    async def _answer(self, client: httpx.AsyncClient, url: str, name: str, content: Mapping[str, Any]) -> Any:
+        """The JSON value answered to `content`, after as many tries as it takes and may. Raises SteelyardError."""
+        body = json.dumps(content).encode()
         for attempt in range(self.retries + 1):
             try:
                 async with asyncio.timeout(self.timeout_s):
-                    answer = await self._post(client, url, body)
-                break
+                    return await self._post(client, url, body)
             except TimeoutError:
                 failure = _TryAgainError(f"no answer within {self.timeout_s:g} s")
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-                raise self._error(url, request, f"the request can't be sent: {type(error).__name__}") from None
+                raise self._error(url, name, f"the request can't be sent: {type(error).__name__}") from None
             except httpx.TransportError as error:
                 failure = _TryAgainError(f"{type(error).__name__}: {error}".rstrip(": "))
             except _TryAgainError as error:
                 failure = error
             except SteelyardError as error:
-                raise self._error(url, request, str(error)) from None
+                raise self._error(url, name, str(error)) from None
             if attempt == self.retries:
-                raise self._error(url, request, f"gave up after {attempt + 1} tries, the last: {failure}") from None
+                break
             # Half of the wait is drawn anew each time, so that clients turned away together don't return together.
             wait = BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0) if failure.wait_s is None else failure.wait_s
             await asyncio.sleep(min(wait, LONGEST_WAIT_S))
+        raise self._error(url, name, f"gave up after {self.retries + 1} tries, the last: {failure}")
+
+    async def _complete(self, client: httpx.AsyncClient, request: Request) -> Completion:
+        chat = not isinstance(request.prompt, str)
+        url = self._url(request)
+        answer = await self._answer(client, url, request.id, self._body(request))
         try:
             text, finish = _read_answer(answer, chat=chat)
             logprobs = None if request.sampling.logprobs is None else _read_logprobs(answer["choices"][0], chat=chat)
         except SteelyardError as error:
-            raise self._error(url, request, str(error)) from None
+            raise self._error(url, request.id, str(error)) from None
         stops = [text.find(stop) for stop in request.sampling.stop if stop in text]
         if stops:  # a server that sends the stop string along, or ignored it
             text, finish = text[: min(stops)], "stop"
@@ -233,11 +257,29 @@ class OpenAIEndpoint:
         except (ValueError, RecursionError) as error:
             raise SteelyardError(f"the answer is not valid JSON ({error}): {_excerpt(content)}") from None
 
-    def _error(self, url: str, request: Request, reason: str) -> SteelyardError:
-        text = f"{url}: request {request.id!r}: {reason}"
-        if self._key:
-            text = text.replace(self._key, "***")  # some servers quote the key they refuse
-        return SteelyardError("".join(c if c.isprintable() else " " for c in text))
+    def _error(self, url: str, name: str, reason: str) -> SteelyardError:
+        return SteelyardError(self.redacted(f"{url}: request {name!r}: {reason}"))
+
+
+def _settled(
+    work: Callable[[httpx.AsyncClient, Any], Awaitable[T]],
+) -> Callable[[httpx.AsyncClient, Any], Awaitable[T | SteelyardError]]:
+    async def settled(client: httpx.AsyncClient, job: Any) -> T | SteelyardError:
+        try:
+            return await work(client, job)
+        except SteelyardError as error:
+            return error
+
+    return settled
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:  # the caller has a loop of its own, as notebooks do
+        return pool.submit(asyncio.run, work).result()
 
 
 def _read_logprobs(choice: dict[str, Any], *, chat: bool) -> tuple[TokenLogprobs, ...]:

@@ -164,13 +164,17 @@ class SafetyStage(StageKind[SafetyConfig]):
                 if criterion.metric not in measured:
                     message = f"policy {name} needs the metric {criterion.metric}, which battery {config.battery} lacks"
                     raise FieldError("policies", f"{message} (it has: {', '.join(measured)})")
+        from steelyard.safety.battery import battery_folder
+
+        folder = battery_folder(config.battery)
         with field("battery"):
-            return found | {f"scorer {name}": scorer_files(ref) for name, ref in battery.scorers.items()}
+            return found | {f"scorer {name}": scorer_files(ref, folder) for name, ref in battery.scorers.items()}
 
     def run(self, context: Context[SafetyConfig], inputs: Mapping[str, Input]) -> Outcome:
         from steelyard.corpus.training_data import open_training_data
         from steelyard.inference.local import LocalEndpoint
         from steelyard.model.identity import subject_of
+        from steelyard.safety.battery import battery_folder
         from steelyard.safety.overlap import in_words, record_overlap
         from steelyard.safety.run import Job, Tested, run_battery
         from steelyard.safety.shipped import shipped_sampling
@@ -184,13 +188,13 @@ class SafetyStage(StageKind[SafetyConfig]):
                 shipped_sampling(folder),
             )
 
-        battery = _battery("battery", context.config.battery)
+        battery, folder = _battery("battery", context.config.battery), battery_folder(context.config.battery)
         job = Job(
             candidate=tested(_path(inputs["model"])),
             predecessor=tested(_path(inputs["predecessor"])) if "predecessor" in inputs else None,
             battery=battery,
             policies=[_policy("policies", name) for name in context.config.policies],
-            scorers={name: open_scorer(reference) for name, reference in battery.scorers.items()},
+            scorers={name: open_scorer(reference, folder) for name, reference in battery.scorers.items()},
         )
         found = run_battery(job, out=context.place, ledger=context.ledger, progress=context.progress)
         if variants := _variants(context.config):
@@ -397,8 +401,9 @@ def _spelled(reference: str, folder: str) -> Iterator[None]:
         raise UsageError(f"{error}{nearest(reference, known)}") from error
 
 
-def scorer_files(reference: str) -> str:
-    """Digest of what a scorer is made of: the packaged weights and cards, or the module that a reference names."""
+def scorer_files(reference: str, beside: Path = Path()) -> str:
+    """Digest of what a scorer is made of: the packaged weights and cards, or the files or module that a reference names
+    (an adapter's file relative to `beside`)."""
     scheme, _, rest = reference.partition(":")
     if scheme == "embedded":
         folder = Path(str(resources.files("steelyard.scorers"))) / "weights"
@@ -408,6 +413,10 @@ def scorer_files(reference: str) -> str:
         if missing := [file for file in files if not file.is_file()]:
             raise UsageError(f"scorer {reference}: {missing[0]}: no such file: train it first (steelyard scorer train)")
         return digest([sha256_file(file) for file in files])
+    if scheme == "adapter":
+        from steelyard.scorers.adapters.adapter import adapter_files
+
+        return adapter_files(beside / rest)
     module = rest.split(":")[0]
     try:
         spec = importlib.util.find_spec(module) if scheme == "python" and module else None
@@ -415,7 +424,8 @@ def scorer_files(reference: str) -> str:
         spec = None
     if spec is None or spec.origin is None:
         raise UsageError(
-            f"scorer {reference} is unknown (allowed: embedded:NAME, trained:FOLDER/NAME, python:MODULE:FACTORY)"
+            f"scorer {reference} is unknown (allowed: embedded:NAME, trained:FOLDER/NAME, adapter:FILE.yaml, "
+            "python:MODULE:FACTORY)"
         )
     return sha256_file(Path(spec.origin))
 

@@ -125,7 +125,9 @@ class Battery(_Strict):
     tier: Tier
     seed: int = Field(ge=0, lt=2**63)
     batch_size: int = Field(ge=1, le=1024)
-    scorers: dict[str, str] = Field(description="name: embedded:NAME or python:MODULE:FACTORY")
+    scorers: dict[str, str] = Field(
+        description="name: a reference, as `steelyard.scorers.registry.open_scorer` has them"
+    )
     sets: tuple[ProbeSet, ...] = Field(min_length=1)
     metrics: tuple[Metric, ...] = Field(min_length=1)
 
@@ -152,6 +154,11 @@ class Battery(_Strict):
     def digest(self) -> str:
         """SHA-256 of the battery's canonical JSON: probes, decoding, metrics and all."""
         return digest(self.model_dump(mode="json"))
+
+
+def battery_folder(name: str) -> Path:
+    """Where the relative paths of a battery's scorers start: the folder of its file."""
+    return Path(name).parent if name.endswith((".yaml", ".yml", ".json")) else Path()
 
 
 def load_battery(name: str) -> Battery:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from steelyard.base.errors import UsageError
+from steelyard.scorers.adapters.adapter import open_adapter
 from steelyard.scorers.answer import AnswerScorer
 from steelyard.scorers.base import Scorer
 from steelyard.scorers.contextual import ContextualScorer
@@ -22,9 +23,10 @@ EMBEDDED: dict[str, Callable[[Path], Embedded]] = {
 }
 
 
-def open_scorer(reference: str) -> Scorer:
+def open_scorer(reference: str, folder: Path = Path()) -> Scorer:
     """The scorer that `reference` names: `embedded:NAME`, one that ships; `trained:FOLDER/NAME`, one that `steelyard
-    scorer train NAME` wrote to FOLDER; or `python:MODULE:FACTORY`.
+    scorer train NAME` wrote to FOLDER; `adapter:FILE.yaml` (a relative FILE starts at `folder`: that of the battery
+    that names it), another model behind a file's description; or `python:MODULE:FACTORY`.
 
     The last imports MODULE and calls FACTORY without arguments. Raises UsageError for anything else, for a module or
     factory that can't be found or fails, and for a result that is no scorer; FormatError for damaged weights.
@@ -34,12 +36,24 @@ def open_scorer(reference: str) -> Scorer:
         return _embedded(reference, rest, WEIGHTS)
     if kind == "trained":
         return _embedded(reference, Path(rest).name, Path(rest).parent)
+    if kind == "adapter":
+        return open_adapter(folder / rest)
     if kind == "python":
         return _from_python(reference, rest)
     known = ", ".join(f"embedded:{name}" for name in EMBEDDED)
     raise UsageError(
-        f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, or python:MODULE:FACTORY"
+        f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, adapter:FILE.yaml, or "
+        "python:MODULE:FACTORY"
     )
+
+
+def open_uncalibrated(reference: str, folder: Path = Path()) -> Scorer:
+    """The same scorer for measuring it: of an adapter that is not calibrated yet, the errors are those of a scorer of
+    which nothing is known, and no rate can be certified with it."""
+    kind, _, rest = reference.partition(":")
+    if kind == "adapter":
+        return open_adapter(folder / rest, measured=False)
+    return open_scorer(reference, folder)
 
 
 def _embedded(reference: str, name: str, folder: Path) -> Scorer:
