@@ -138,30 +138,33 @@ _SPEED_TEXT = (
 )
 
 
-def _scores(scorer: Scorer, cases: Sequence[Labelled]) -> dict[str, Floats]:
-    """The scores of all cases by category, and of a scorer of several categories ANY: how far over its threshold, in
+def scores_of(scorer: Scorer, items: Sequence[Item]) -> dict[str, Floats]:
+    """The scores of all items by category, and of a scorer of several categories ANY: how far over its threshold, in
     log-odds, the worst category is."""
-    results = score_checked(scorer, [case.item for case in cases])
+    results = score_checked(scorer, items)
     values = []
     for result in results:
         if not isinstance(result, Score):
-            raise SteelyardError(f"{scorer.identity().name}: {result.reason}; a card needs a score for every case")
+            raise SteelyardError(
+                f"{scorer.identity().name}: {result.reason}; its errors are measured on scores for every text"
+            )
         values.append(result.values)
     categories = scorer.identity().categories
     found = {category: np.array([value[category] for value in values], dtype=np.float64) for category in categories}
     if len(found) > 1:
-        over = [_log_odds(found[key]) - _log_odds(np.array(one.threshold)) for key, one in categories.items()]
+        over = [log_odds(found[key]) - log_odds(np.array(one.threshold)) for key, one in categories.items()]
         found[ANY] = np.max(over, axis=0)
     return found
 
 
-def _log_odds(p: Floats) -> Floats:
+def log_odds(p: Floats) -> Floats:
+    """log(p / (1 - p)), finite also at 0 and 1."""
     p = np.clip(p, 1e-12, 1 - 1e-12)
     odds: Floats = np.log(p / (1 - p))
     return odds
 
 
-def _measured(cases: Sequence[Labelled], scores: Floats, threshold: float) -> dict[str, Any]:
+def measured(cases: Sequence[Labelled], scores: Floats, threshold: float) -> dict[str, Any]:
     """`evaluate`, and by facet the shares of each kind of case."""
     positive = np.array([case.positive for case in cases])
     found = evaluate(scores, positive, threshold)
@@ -191,14 +194,14 @@ def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
         thresholds[ANY] = 0.0
     wanted = {test_set for category in thresholds for test_set in TEST_SETS.get(category, ())}
     cases = {name: list(reader(data / path)) for name, path, reader in wanted if (data / path).is_file()}
-    scores = {name: _scores(scorer, given) for name, given in cases.items()}
+    scores = {name: scores_of(scorer, [case.item for case in given]) for name, given in cases.items()}
     categories: dict[str, Any] = {}
     for category, threshold in thresholds.items():
         present = [name for name, _, _ in TEST_SETS.get(category, ()) if name in cases]
-        sets = {name: _measured(cases[name], scores[name][category], threshold) for name in present}
+        sets = {name: measured(cases[name], scores[name][category], threshold) for name in present}
         if len(xstest := [name for name in present if name.startswith("xstest_")]) == 2:
             both = [case for name in xstest for case in cases[name]]
-            sets["xstest"] = _measured(both, np.concatenate([scores[name][category] for name in xstest]), threshold)
+            sets["xstest"] = measured(both, np.concatenate([scores[name][category] for name in xstest]), threshold)
         categories[category] = {
             "test_sets": sets,
             "absent": [name for name, _, _ in TEST_SETS.get(category, ()) if name not in cases],

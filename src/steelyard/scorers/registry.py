@@ -7,6 +7,7 @@ from pathlib import Path
 
 from steelyard.base.errors import UsageError
 from steelyard.scorers.base import Scorer
+from steelyard.scorers.calibrated import CalibratedScorer
 from steelyard.scorers.contextual import ContextualScorer
 from steelyard.scorers.embedded import SentenceScorer
 from steelyard.scorers.head import KINDS
@@ -15,7 +16,8 @@ from steelyard.scorers.lexical import LexicalScorer
 
 def open_scorer(reference: str) -> Scorer:
     """The scorer that `reference` names: `embedded:NAME`, one that ships; `trained:FOLDER/NAME`, one that `steelyard
-    scorer train NAME` wrote to FOLDER; or `python:MODULE:FACTORY`.
+    scorer train NAME` wrote to FOLDER; `calibrated:FILE.json`, another with the errors that `steelyard scorer
+    calibrate` measured; or `python:MODULE:FACTORY`.
 
     The last imports MODULE and calls FACTORY without arguments. Raises UsageError for anything else, for a module or
     factory that can't be found or fails, and for a result that is no scorer; FormatError for damaged weights.
@@ -25,11 +27,14 @@ def open_scorer(reference: str) -> Scorer:
         return SentenceScorer(rest)
     if kind == "trained":
         return _trained(reference, Path(rest))
+    if kind == "calibrated":
+        return CalibratedScorer(Path(rest), open_scorer)
     if kind == "python":
         return _from_python(reference, rest)
     known = ", ".join(f"embedded:{name}" for name in KINDS)
     raise UsageError(
-        f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, or python:MODULE:FACTORY"
+        f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, calibrated:FILE.json, or "
+        "python:MODULE:FACTORY"
     )
 
 
