@@ -80,12 +80,12 @@ def test_a_new_threshold_splits_a_stratum() -> None:
 
 @pytest.mark.parametrize(("rate", "drawn"), [(0.03, 100), (0.2, 60)])
 def test_bounds_from_the_effective_numbers_hold(rate: float, drawn: int) -> None:
-    """One-sided 95% exact bounds cover the true sensitivity and specificity, in 300 runs of 2,000 completions of which
+    """One-sided 95% exact bounds cover the true sensitivity and specificity, in 200 runs of 2,000 completions of which
     all over the threshold (at most `drawn`) and `drawn` under it are labelled."""
     chance = np.random.default_rng(0)
     sensitivity, specificity = float(ndtr(1.0)), float(ndtr(2.0))
     hits = np.zeros(3)
-    for _ in range(300):
+    for _ in range(200):
         positive = chance.random(2000) < rate
         score = ndtr(np.where(positive, 1.0, -2.0) + ndtri(chance.random(2000)))
         strata = np.where(score >= 0.5, "above", "below")
@@ -102,7 +102,7 @@ def test_bounds_from_the_effective_numbers_hold(rate: float, drawn: int) -> None
             clopper_pearson(found.true_negatives, found.negatives)[0] <= specificity,
             clopper_pearson(found.true_negatives, found.negatives)[1] >= specificity,
         )
-    assert hits.min() >= 0.92 * 300
+    assert hits.min() >= 0.92 * 200
 
 
 # -- labels of a draw ------------------------------------------------------------------------------------------------
@@ -234,12 +234,12 @@ def test_a_chosen_threshold_is_measured_on_other_labels(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps({"text": t, "label": int(chance.random() < 0.2)}) + "\n" for t in texts))
     rows, gains = read_own(path, ["toxicity"], None), []
-    for seed in range(30):
+    for seed in range(12):
         noise = Noise({text: float(chance.random()) for text in texts})
         found = calibrate_own(noise, rows, rule="youden", **(HOW | {"seed": seed}))["toxicity"].calibration
         assert found.positives + found.negatives == 200
         gains.append(found.sensitivity + found.specificity - 1)
-    assert abs(float(np.mean(gains))) < 0.05
+    assert abs(float(np.mean(gains))) < 0.08
 
 
 def test_a_threshold_at_which_canaries_fail_is_refused() -> None:

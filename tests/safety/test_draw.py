@@ -96,13 +96,13 @@ def test_both_sides_and_all_axes_are_drawn_with_known_probabilities(tested: tupl
 def test_every_completion_of_a_stratum_has_the_same_chance(tested: tuple[Journal, Battery]) -> None:
     seen: Counter[tuple[str, int]] = Counter()
     stated: dict[tuple[str, int], float] = {}
-    for seed in range(150):
+    for seed in range(80):
         for one in drawn(tested, 40, seed)[0].drawn:
             seen[one.probe, one.sample] += 1
             stated[one.probe, one.sample] = one.probability
     for key, probability in stated.items():
-        spread = (probability * (1 - probability) / 150) ** 0.5
-        assert abs(seen[key] / 150 - probability) <= 4.5 * spread + 1e-9
+        spread = (probability * (1 - probability) / 80) ** 0.5
+        assert abs(seen[key] / 80 - probability) <= 4.5 * spread + 1e-9
 
 
 def test_a_seed_gives_one_draw(tested: tuple[Journal, Battery]) -> None:

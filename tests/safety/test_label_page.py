@@ -27,22 +27,27 @@ ROWS = [{"key": f"{i:016x}", "prompt": text, "completion": text[::-1], "label": 
 
 
 class Parsed(HTMLParser):
-    """The elements with their attributes, and the text in scripts and styles."""
+    """The elements with their attributes, and the scripts and styles with their text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.inside: list[tuple[str, dict[str, str | None], str]] = []
+        self.open = False
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
+        self.open = tag in ("script", "style")
+        if self.open:
             self.inside.append((tag, dict(attrs), ""))
 
+    def handle_endtag(self, tag: str) -> None:
+        self.open = False
+
     def handle_data(self, data: str) -> None:
-        if self.inside and self.elements[-1][0] in ("script", "style"):
+        if self.open:
             tag, attrs, text = self.inside[-1]
             self.inside[-1] = (tag, attrs, text + data)
 
@@ -104,8 +109,10 @@ found.undone = [undo(rows), position(rows), rows[0].label];
 rows = fresh(); rows.forEach((row) => { row.label = "no"; });
 found.end = [position(rows), undo(rows), position(rows), rows[2].label];
 rows = fresh();
-take(rows, '{"key":"k2","label":"no"}\\n\\n{"key":"k0","label":"yes"}\\n');
+rows[1].label = "skip";
+take(rows, '{"key":"k1","label":""}\\n{"key":"k2","label":"no"}\\n\\n{"key":"k0","label":"yes"}\\n');
 found.taken = rows.map((row) => row.label);
+rows[1].label = "";
 found.gap = [position(rows), undo(rows), rows.map((row) => row.label)];
 const mixed = '{"key":"k0","label":"yes"}\\n{"key":"other","label":"no"}';
 found.errors = [mixed, '{"key":"k0","label":"maybe"}', "x", "", "null"].map((text) => {
@@ -132,7 +139,7 @@ def test_the_logic_of_labels(tmp_path: Path) -> None:
     assert lines[1] == {"key": "k1", "prompt": "p", "completion": "c\u20281", "label": "skip"}
     assert found["undone"] == [True, 1, "yes"]
     assert found["end"] == [3, True, 2, ""]
-    assert found["taken"] == ["yes", "", "no"]
+    assert found["taken"] == ["yes", "skip", "no"]
     assert found["gap"] == [1, True, ["", "", "no"]]
     assert found["errors"] == [
         ["line 2 is of another sheet", True],

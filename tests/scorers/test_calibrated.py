@@ -72,6 +72,7 @@ def test_the_same_scorer_with_other_errors(file: Path, reference: str) -> None:
     items = [Item("", "a"), Item("", "b")]
     assert after.score(items) == before.score(items)
     assert after.canaries() == before.canaries()
+    assert after.measured == {"threat": NEW}  # type: ignore[attr-defined]
     assert after.card == {"training": {"sources": "none"}}  # type: ignore[attr-defined]
 
 

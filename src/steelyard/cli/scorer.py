@@ -140,6 +140,7 @@ def calibrate(
     from steelyard.safety.draw import SKIP, read_labels, read_sample
     from steelyard.safety.own_labels import read_own
     from steelyard.safety.statistics import certifiable_floor
+    from steelyard.scorers.base import Calibration
     from steelyard.scorers.calibrated import CalibratedScorer, CalibrationFile, write_calibration
     from steelyard.scorers.card import wilson
     from steelyard.scorers.registry import open_scorer
@@ -153,9 +154,9 @@ def calibrate(
     if reference is None:
         raise UsageError("give --scorer, or the --sample that the labels are of")
     opened = open_scorer(reference)
-    if isinstance(opened, CalibratedScorer):  # errors are measured of what gives the scores
-        reference, opened = opened.reference, opened.underlying
-    identity = opened.identity()
+    identity, before = opened.identity(), dict[str, Calibration]()
+    if isinstance(opened, CalibratedScorer):  # what it says of other categories stays, and so does its threshold
+        reference, identity, before = opened.reference, opened.underlying.identity(), opened.measured
     source = f"labels SHA-256 {sha256_file(labels)}"
     if rule != "keep":
         source += f"; threshold by {threshold} on one half (seed {seed}), errors on the other"
@@ -176,7 +177,7 @@ def calibrate(
         )
         one = calibrate_sample(opened, drawn, given, rule=rule, seed=seed, source=source, date=date)
         found = {drawn.category: one}
-    calibrations = {name: one.calibration for name, one in found.items()}
+    calibrations = before | {name: one.calibration for name, one in found.items()}
     write_calibration(out, CalibrationFile(scorer=reference, identity=identity, categories=calibrations))
     shown: dict[str, Any] = {"scorer": f"calibrated:{out}", "pin": open_scorer(f"calibrated:{out}").identity().pin}
     shown["categories"] = {

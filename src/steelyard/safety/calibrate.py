@@ -237,7 +237,8 @@ def calibrate_own(
     for category in sorted({name for row in rows for name in row.labels}):
         mine = [i for i, row in enumerate(rows) if category in row.labels]
         labels = whole(scores[category][mine], np.array([rows[i].labels[category] for i in mine], dtype=np.bool_))
-        threshold, kept = _threshold(scorer, category, labels, rule, seed)
+        present = scorer.identity().categories[category].threshold
+        threshold, kept = _threshold(scorer, category, present, labels, rule, seed)
         cases = [rows[i] for i, keep in zip(mine, kept, strict=True) if keep]
         telling = [name for name in ("language", "group") if len({row.facets.get(name) for row in cases}) > 1]
         part = _both(labels.part(kept))
@@ -264,7 +265,8 @@ def calibrate_sample(
     Raises SteelyardError where the labels are too few, or no threshold fits.
     """
     labels = of_sample(sample, given)
-    threshold, kept = _threshold(scorer, sample.category, labels, rule, seed)
+    present = sample.identity.categories[sample.category].threshold
+    threshold, kept = _threshold(scorer, sample.category, present, labels, rule, seed)
     bands = {
         band: {
             "population": size,
@@ -278,10 +280,12 @@ def calibrate_sample(
     return Measured(verified(part, threshold, source, date), {"bands": bands, "positive_share": share})
 
 
-def _threshold(scorer: Scorer, category: str, labels: Labels, rule: Rule, seed: int) -> tuple[float, Bools]:
-    """The threshold, and the labels to measure it on."""
+def _threshold(
+    scorer: Scorer, category: str, present: float, labels: Labels, rule: Rule, seed: int
+) -> tuple[float, Bools]:
+    """The threshold, and which labels to measure it on."""
     if rule == "keep":
-        return scorer.identity().categories[category].threshold, np.ones(len(labels.scores), dtype=np.bool_)
+        return present, np.ones(len(labels.scores), dtype=np.bool_)
     first = half(labels, seed)
     threshold = choose_threshold(_both(labels.part(first)), rule)
     check_canaries(scorer, category, threshold)

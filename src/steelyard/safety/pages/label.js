@@ -26,7 +26,8 @@ function written(rows) {
   return rows.map((row) => JSON.stringify(row) + "\n").join("");
 }
 
-/** Take over the labels of a half-filled file. Throws an Error, and changes nothing, if it is of another sheet. */
+/** Add the labels of a half-filled file; a row without one there keeps its own. Throws an Error, and changes nothing,
+ * if the file is of another sheet. */
 function take(rows, text) {
   const known = new Map(rows.map((row) => [row.key, row]));
   const labels = new Map();
@@ -44,7 +45,7 @@ function take(rows, text) {
   });
   if (labels.size === 0) throw new Error("it holds no row");
   labels.forEach((label, key) => {
-    known.get(key).label = label;
+    if (label !== "") known.get(key).label = label;
   });
 }
 
