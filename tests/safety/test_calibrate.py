@@ -51,7 +51,7 @@ def test_verification_correction_by_hand() -> None:
     assert found.sensitivity == pytest.approx(80 / 170, abs=0.5 / found.positives)
     assert found.specificity == pytest.approx(810 / 830, abs=0.5 / found.negatives)
     # The positives are worth fewer than the 89 labelled: most of the doubt lies in nine that stand for ninety.
-    assert 15 < found.positives < 60
+    assert 15 < found.positives < 80
     assert found.negatives == 101  # never more than were labelled
 
 
@@ -158,7 +158,7 @@ def test_a_calibration_of_a_draw() -> None:
     chosen = calibrate_sample(WordScorer("toxicity", "insult"), one, given, rule="youden", **HOW).calibration
     assert chosen.threshold == pytest.approx(0.5)
     assert chosen.specificity == pytest.approx(980 / 990, abs=0.03)
-    assert chosen.negatives <= 70 - 15
+    assert chosen.negatives <= 60
 
 
 # -- thresholds ------------------------------------------------------------------------------------------------------

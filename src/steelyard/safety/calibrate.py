@@ -18,10 +18,12 @@ from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.safety.draw import BANDS, NO, YES, Sample
 from steelyard.safety.journal import CANARIES_RIGHT
 from steelyard.safety.own_labels import Own
+from steelyard.safety.statistics import CONFIDENCE, clopper_pearson
 from steelyard.scorers.base import Calibration, Score, Scorer, score_checked
 from steelyard.scorers.card import Floats, Labelled, measured, scores_of
 
 Bools = NDArray[np.bool_]
+DRAWS = 4000  # from a posterior
 
 
 @dataclass(frozen=True)
@@ -168,41 +170,26 @@ def verified(labels: Labels, threshold: float, source: str, date: str) -> Calibr
     """The errors at a threshold, from texts that were drawn for labelling by their score.
 
     Sensitivity and specificity are those of the whole, by inverse-probability weighting: the correction for
-    verification bias of Begg & Greenes (1983, Biometrics 39, 207-215). They are written as whole numbers of right
-    answers among an effective number of items, n = p(1 - p) / v rounded down, never more than were labelled. v is
-    the variance of the estimate p (delta method) from the shares p_c of positives in the classes c, stratum by side of
-    the threshold: independent, each of the beta posterior with Jeffreys' prior on an effective sample of
-    (sum w)^2 / sum w^2 texts (Kish 1965). The prior is there for the classes where no positive was found: there are
-    many texts far under a threshold, and that none of those labelled was positive does not mean that there is none.
+    verification bias of Begg & Greenes (1983, Biometrics 39, 207-215). They are written as right answers among an
+    effective number of items: the largest number, never over that of the labels, whose exact one-sided 95% bounds
+    (Clopper & Pearson) claim no more than the labels do. What these claim are the 5% and 95% points of the posterior,
+    the share of positives in each class (stratum by side of the threshold) having a uniform prior and a sample of
+    (sum w)^2 / sum w^2 texts (Kish 1965). Thereby a class without a positive may still hold some (rule of three):
+    there are many texts far under a threshold, and those not labelled may be the ones that the scorer missed.
 
     Raises SteelyardError where the effective number is under one.
     """
     called, positive = labels.scores >= threshold, labels.positive
-    classes = np.unique(np.stack([labels.strata, np.where(called, "above", "below")]), axis=1, return_inverse=True)[1]
+    _, classes = np.unique(np.stack([labels.strata, called.astype(np.str_)]), axis=1, return_inverse=True)
     classes = classes.reshape(-1)
-    size = np.bincount(classes, labels.weights)
-    m = size**2 / np.bincount(classes, labels.weights**2)
-    is_called = np.bincount(classes, called) > 0
+    size, right = np.bincount(classes, labels.weights), np.bincount(classes, called) > 0  # [classes]
+    sample = size**2 / np.bincount(classes, labels.weights**2)
     share = np.bincount(classes, labels.weights * positive) / size
-    smooth = (share * m + 0.5) / (m + 1)
-    spread = size**2 * smooth * (1 - smooth) / (m + 2)
-    numbers = []
-    for name, raw, own, right, most in (
-        ("positive", share, smooth, is_called, int(positive.sum())),
-        ("negative", 1 - share, 1 - smooth, ~is_called, int((~positive).sum())),
-    ):
-        estimate = float((size * raw)[right].sum() / (size * raw).sum())
-        total = (size * own).sum()
-        p = (size * own)[right].sum() / total
-        variance = (spread * (right - p) ** 2).sum() / total**2
-        n = min(int(p * (1 - p) / variance), most) if variance > 0 else 0
-        if n < 1:
-            raise SteelyardError(
-                f"the {name} labels are worth less than one: {most} of them, and many texts stand behind few of the "
-                "others: draw and label more"
-            )
-        numbers.append((round(estimate * n), n))
-    (true_positives, positives), (true_negatives, negatives) = numbers
+    drawn = np.random.default_rng(0).beta(share * sample + 1, (1 - share) * sample + 1, (DRAWS, len(size)))
+    true_positives, positives = _effective("positive", size * share, size * drawn, right, int(positive.sum()))
+    true_negatives, negatives = _effective(
+        "negative", size * (1 - share), size * (1 - drawn), ~right, int((~positive).sum())
+    )
     return Calibration(
         threshold=threshold,
         true_positives=true_positives,
@@ -212,6 +199,22 @@ def verified(labels: Labels, threshold: float, source: str, date: str) -> Calibr
         source=source,
         measured=date,
     )
+
+
+def _effective(kind: str, found: Floats, drawn: Floats, right: Bools, most: int) -> tuple[int, int]:
+    """Right answers and effective number of items of a kind, from how many of them each class holds: as estimated
+    ([classes]) and in draws from the posterior ([draws, classes])."""
+    estimate = found[right].sum() / found.sum()
+    low, high = np.quantile(drawn[:, right].sum(axis=1) / drawn.sum(axis=1), (1 - CONFIDENCE, CONFIDENCE))
+    numbers = np.arange(1, most + 1)
+    lower, upper = clopper_pearson(np.round(estimate * numbers), numbers)
+    honest = numbers[(lower <= low) & (upper >= high)]
+    if not honest.size:
+        raise SteelyardError(
+            f"the {kind} labels are worth less than one: {most} of them, and many texts stand behind few of them: "
+            "draw and label more"
+        )
+    return round(estimate * honest[-1]), int(honest[-1])
 
 
 # -- whole calibrations ----------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ def read_calibration(path: Path) -> CalibrationFile:
 class CalibratedScorer:
     """The scorer that the file `path` names, opened by `open_scorer`, with the errors that the file gives.
 
-    `underlying` is that scorer, `reference` its name; `measured` are the errors of the file alone. Raises FormatError where it is not the one that was calibrated.
+    `underlying` is that scorer, `reference` its name; `measured` are the errors of the file alone. Raises FormatError
+    where it is not the one that was calibrated.
     """
 
     def __init__(self, path: Path, open_scorer: Callable[[str], Scorer]) -> None:
