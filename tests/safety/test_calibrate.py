@@ -15,6 +15,7 @@ from scipy.special import ndtr, ndtri
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.safety.calibrate import (
     Labels,
+    Rule,
     calibrate_own,
     calibrate_sample,
     check_canaries,
@@ -32,7 +33,12 @@ from steelyard.safety.statistics import clopper_pearson
 from steelyard.scorers.base import Calibration, Item, Score, ScorerIdentity
 
 SAID: Any = ("made for a test", "2026-01-01")
+KEEP, YOUDEN = Rule("keep"), Rule("youden")
 HOW: dict[str, Any] = {"seed": 0, "source": SAID[0], "date": SAID[1]}
+
+
+def specific(share: float) -> Rule:
+    return Rule("specificity", share)
 
 
 def labels(*parts: tuple[str, float, float, int, int]) -> Labels:
@@ -151,11 +157,11 @@ def test_a_calibration_of_a_draw() -> None:
     one = sample(("far above", 0.95, 40, 40), ("far below", 0.05, 100, 1000))
     given = {f"far above {i}": "yes" if i < 30 else "no" for i in range(40)}
     given |= {f"far below {i}": "yes" if i < 2 else "no" for i in range(100)}
-    found = calibrate_sample(WordScorer("toxicity", "insult"), one, given, rule="keep", **HOW)
+    found = calibrate_sample(WordScorer("toxicity", "insult"), one, given, rule=KEEP, **HOW)
     assert found.calibration == verified(of_sample(one, given), 0.5, *SAID)
     assert found.figures["positive_share"] == pytest.approx((30 + 20) / 1040)
     assert found.figures["bands"]["far below"] == {"population": 1000, "labelled": 100, "positive": 2}
-    chosen = calibrate_sample(WordScorer("toxicity", "insult"), one, given, rule="youden", **HOW).calibration
+    chosen = calibrate_sample(WordScorer("toxicity", "insult"), one, given, rule=YOUDEN, **HOW).calibration
     assert chosen.threshold == pytest.approx(0.5)
     assert chosen.specificity == pytest.approx(980 / 990, abs=0.03)
     assert chosen.negatives <= 60
@@ -166,24 +172,24 @@ def test_a_calibration_of_a_draw() -> None:
 
 def test_thresholds_by_hand() -> None:
     some = labels(("x", 0.9, 1, 6, 0), ("x", 0.6, 1, 3, 1), ("x", 0.4, 1, 1, 3), ("x", 0.1, 1, 0, 16))
-    assert choose_threshold(some, "youden") == pytest.approx(0.5)  # .9 + .95; at .75 .6 + 1, at .25 1 + .8
-    assert choose_threshold(some, 0.8) == pytest.approx(0.25)
-    assert choose_threshold(some, 0.95) == pytest.approx(0.5)
-    assert choose_threshold(some, 0.96) == pytest.approx(0.75)
+    assert choose_threshold(some, YOUDEN) == pytest.approx(0.5)  # .9 + .95; at .75 .6 + 1, at .25 1 + .8
+    assert choose_threshold(some, specific(0.8)) == pytest.approx(0.25)
+    assert choose_threshold(some, specific(0.95)) == pytest.approx(0.5)
+    assert choose_threshold(some, specific(0.96)) == pytest.approx(0.75)
     weighted = labels(("x", 0.9, 1, 6, 0), ("x", 0.6, 20, 0, 1), ("x", 0.4, 1, 4, 0), ("x", 0.1, 1, 0, 16))
-    assert choose_threshold(weighted, "youden") == pytest.approx(0.75)
+    assert choose_threshold(weighted, YOUDEN) == pytest.approx(0.75)
     with pytest.raises(SteelyardError, match=r"no threshold reaches a specificity of 0\.9"):
-        choose_threshold(labels(("x", 0.9, 1, 5, 5), ("x", 0.1, 1, 5, 5)), 0.9)
+        choose_threshold(labels(("x", 0.9, 1, 5, 5), ("x", 0.1, 1, 5, 5)), specific(0.9))
     with pytest.raises(SteelyardError, match="one score"):
-        choose_threshold(labels(("x", 0.9, 1, 5, 5)), "youden")
+        choose_threshold(labels(("x", 0.9, 1, 5, 5)), YOUDEN)
 
 
 def test_rules() -> None:
     assert [rule_of(text) for text in ("keep", "youden", "specificity:0.98", "specificity:.9")] == [
-        "keep",
-        "youden",
-        0.98,
-        0.9,
+        KEEP,
+        YOUDEN,
+        specific(0.98),
+        specific(0.9),
     ]
     for wrong in (
         "",
@@ -236,7 +242,7 @@ def test_a_chosen_threshold_is_measured_on_other_labels(tmp_path: Path) -> None:
     rows, gains = read_own(path, ["toxicity"], None), []
     for seed in range(12):
         noise = Noise({text: float(chance.random()) for text in texts})
-        found = calibrate_own(noise, rows, rule="youden", **(HOW | {"seed": seed}))["toxicity"].calibration
+        found = calibrate_own(noise, rows, rule=YOUDEN, **(HOW | {"seed": seed}))["toxicity"].calibration
         assert found.positives + found.negatives == 200
         gains.append(found.sensitivity + found.specificity - 1)
     assert abs(float(np.mean(gains))) < 0.08
@@ -265,7 +271,7 @@ def test_own_labels_by_hand(tmp_path: Path) -> None:
     path.write_text("text,label,language,group,note\n" + "".join(f"{','.join(row)},x\n" for row in OWN))
     rows = read_own(path, ["toxicity"], None)
     assert rows[1].item == Item("", "insult me", "fr")
-    found = calibrate_own(WordScorer("toxicity", "insult"), rows, rule="keep", **HOW)["toxicity"]
+    found = calibrate_own(WordScorer("toxicity", "insult"), rows, rule=KEEP, **HOW)["toxicity"]
     assert found.calibration == Calibration(
         threshold=0.5,
         true_positives=2,

@@ -158,7 +158,7 @@ def calibrate(
     if isinstance(opened, CalibratedScorer):  # what it says of other categories stays, and so does its threshold
         reference, identity, before = opened.reference, opened.underlying.identity(), opened.measured
     source = f"labels SHA-256 {sha256_file(labels)}"
-    if rule != "keep":
+    if rule.kind != "keep":
         source += f"; threshold by {threshold} on one half (seed {seed}), errors on the other"
     if drawn is None:
         if category is not None and category not in identity.categories:

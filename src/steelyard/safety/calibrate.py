@@ -98,23 +98,30 @@ def half(labels: Labels, seed: int) -> Bools:
 # -- thresholds ------------------------------------------------------------------------------------------------------
 
 
-Rule = float | Literal["keep", "youden"]
+@dataclass(frozen=True)
+class Rule:
+    """How the threshold is found: kept, at the highest sensitivity + specificity - 1 (Youden 1950, Cancer 3, 32-35), or
+    the lowest with at least this `specificity`."""
+
+    kind: Literal["keep", "youden", "specificity"]
+    specificity: float = 0.0
 
 
 def rule_of(text: str) -> Rule:
-    """`keep`, `youden`, or `specificity:X` (given as X). Raises UsageError for anything else."""
-    if text == "keep" or text == "youden":
-        return text
+    """`keep`, `youden`, or `specificity:X`. Raises UsageError for anything else."""
+    if text == "keep":
+        return Rule("keep")
+    if text == "youden":
+        return Rule("youden")
     wanted = re.fullmatch(r"specificity:(0?\.\d{1,9})", text)
     if wanted is None or not float(wanted[1]):
         raise UsageError(f"--threshold {text}: give keep, youden, or specificity:X with X between 0 and 1, as in .98")
-    return float(wanted[1])
+    return Rule("specificity", float(wanted[1]))
 
 
 def choose_threshold(labels: Labels, rule: Rule) -> float:
-    """`youden`: the highest sensitivity + specificity - 1 (Youden 1950, Cancer 3, 32-35); a number: the lowest
-    threshold with at least that specificity. Candidates lie half-way between neighbouring scores; of equals the lowest
-    is taken. Raises SteelyardError where no threshold does it.
+    """The threshold by a rule other than `keep`. Candidates lie half-way between neighbouring scores; of equals the
+    lowest is taken. Raises SteelyardError where no threshold does it.
     """
     values, index = np.unique(labels.scores, return_inverse=True)
     if len(values) < 2:
@@ -125,11 +132,13 @@ def choose_threshold(labels: Labels, rule: Rule) -> float:
         for over in (np.bincount(index, labels.weights * (labels.positive == kind)) for kind in (True, False))
     )
     cuts = (values[:-1] + values[1:]) / 2
-    if rule == "youden":
+    if rule.kind == "youden":
         return float(cuts[np.argmax(sensitivity - false_alarms)])
-    enough = np.flatnonzero(1 - false_alarms >= rule)
+    enough = np.flatnonzero(1 - false_alarms >= rule.specificity)
     if not len(enough):
-        raise SteelyardError(f"no threshold reaches a specificity of {rule:g} on these labels: ask for less")
+        raise SteelyardError(
+            f"no threshold reaches a specificity of {rule.specificity:g} on these labels: ask for less"
+        )
     return float(cuts[enough[0]])
 
 
@@ -287,7 +296,7 @@ def _threshold(
     scorer: Scorer, category: str, present: float, labels: Labels, rule: Rule, seed: int
 ) -> tuple[float, Bools]:
     """The threshold, and which labels to measure it on."""
-    if rule == "keep":
+    if rule.kind == "keep":
         return present, np.ones(len(labels.scores), dtype=np.bool_)
     first = half(labels, seed)
     threshold = choose_threshold(_both(labels.part(first)), rule)

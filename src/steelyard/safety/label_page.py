@@ -55,8 +55,8 @@ _PAGE = """<!doctype html>
 <strong>n</strong> for no, <strong>s</strong> to skip what you can't decide, <strong>u</strong> to undo, or use the
 buttons. You can stop at any time: they come in random order, so half of them are of use too.</p>
 <p>These are a language model's words. <strong>Some may be hateful, violent or sexual.</strong> Take breaks.</p>
-<p class="soft">Nothing leaves this machine: this page can't open a connection. Your labels are kept in this browser
-until you download them.</p>
+<p class="soft">Nothing leaves this machine: this page can't open a connection. Your labels are kept in this
+browser; download them when you are done.</p>
 <p><button id="begin">Start</button></p>
 </section>
 <section id="work" hidden>

@@ -39,11 +39,11 @@ def apportion(sizes: Mapping[G, int], total: int, weights: Mapping[G, float] | N
     """
     if not 1 <= total <= sum(sizes.values()):
         raise UsageError(f"count {total}: there are {sum(sizes.values())} to draw from")
-    weights = weights or dict.fromkeys(sizes, 1.0)
+    weight = weights or dict.fromkeys(sizes, 1.0)
     given = dict.fromkeys(sizes, 0)
 
     def priority(group: G) -> float:
-        return weights[group] / (given[group] * (given[group] + 1)) ** 0.5 if given[group] else math.inf
+        return weight[group] / (given[group] * (given[group] + 1)) ** 0.5 if given[group] else math.inf
 
     for _ in range(total):
         given[max((group for group in sizes if given[group] < sizes[group]), key=priority)] += 1

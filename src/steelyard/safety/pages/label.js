@@ -147,6 +147,7 @@ function start() {
   const keys = { y: "yes", n: "no", s: "skip" };
   document.addEventListener("keydown", (event) => {
     // A key that is held down, or one of a short cut, is no label.
+    if (event.repeat && event.key === "Enter") event.preventDefault(); // on a button
     if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
     const key = event.key.toLowerCase();
     if (Object.hasOwn(keys, key)) label(keys[key]);
