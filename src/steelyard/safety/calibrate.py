@@ -281,11 +281,11 @@ def calibrate_sample(
     threshold, kept = _threshold(scorer, sample.category, present, labels, rule, seed)
     bands = {
         band: {
-            "population": size,
+            "population": sample.population.get(band, 0),
             "labelled": int((labels.strata == band).sum()),
             "positive": int((labels.positive & (labels.strata == band)).sum()),
         }
-        for band, size in sample.population.items()
+        for band in BANDS
     }
     share = float(labels.weights[labels.positive].sum() / labels.weights.sum())
     part = _both(labels.part(kept))
