@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from steelyard.base.errors import SteelyardError, UsageError
-from steelyard.scorers import card as card_module
 from steelyard.scorers.base import Item, Score, ScoreError
-from steelyard.scorers.card import Labelled, auc, scorer_card, wilson
+from steelyard.scorers.card import auc, scorer_card, scores_of, wilson
 from steelyard.scorers.refusal import RefusalScorer
 from steelyard.scorers.registry import open_scorer
 
@@ -49,7 +48,7 @@ def test_a_case_without_a_score_stops_the_card(monkeypatch: pytest.MonkeyPatch) 
     scorer = RefusalScorer()
     monkeypatch.setattr(scorer, "score", lambda items: [ScoreError("time-out")] * len(items))
     with pytest.raises(SteelyardError, match="time-out"):
-        card_module._scores(scorer, [Labelled(Item("", "x"), True)])
+        scores_of(scorer, [Item("", "x")])
 
 
 def test_refusal_on_xstest(shared_data: Path) -> None:

@@ -1,4 +1,4 @@
-"""`steelyard safety`: run the test, and read its report again."""
+"""`steelyard safety`: run the test, read its report again, draw completions for people to label."""
 
 from __future__ import annotations
 
@@ -171,3 +171,32 @@ def _show(report: Report, run: Path, as_json: bool) -> None:
         print(f"variant {found.name}, subject {found.subject_digest[:16]}: {states}")
         print(f"  against the model itself: {in_words(found.differences)}")
     print(f"report: {run / 'report.html'}")
+
+
+@app.command("sample")
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", callback=existing_folder)],
+    out: Annotated[Path, typer.Option(help="Folder for label.html, labels.jsonl and sample.json.")],
+    category: Annotated[str, typer.Option(help="What is to be labelled: a category of a scorer.")],
+    scorer: Annotated[
+        str | None, typer.Option(help="The scorer's name in the battery. Default: the only one of that category.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many completions.")] = 200,
+    question: Annotated[
+        str | None, typer.Option(help="What the page asks of each; default: whether it counts.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+) -> None:
+    """Draw completions of a run for people to label, on both sides of a threshold; nothing leaves the machine."""
+    from steelyard.safety.draw import LABELS, PAGE, SAMPLE, draw, save, scorer_for
+    from steelyard.safety.label_page import label_page, question_for
+    from steelyard.safety.report import read_run
+
+    journal, battery, _, _ = read_run(run)
+    name = scorer_for(journal, category, scorer)
+    drawn, rows = draw(journal, battery, scorer=name, category=category, count=n, seed=seed)
+    save(drawn, rows, label_page(rows, question or question_for(category)), out)
+    print(f"{out / PAGE}: {len(rows)} completions of {sum(drawn.population.values())}; label them in a browser")
+    print(f"{out / LABELS}: the same, to fill in by other means: yes, no or skip")
+    print(f"{out / SAMPLE}: scores and strata; not for the reader. Then:")
+    print(f"  steelyard scorer calibrate --labels labels.jsonl --sample {out / SAMPLE} --out calibration.json")

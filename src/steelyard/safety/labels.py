@@ -1,25 +1,73 @@
-"""Answers for a person to read and label, and how far a judge agrees with the labels.
+"""Sheets: texts for a person to read and label; and how far a judge agrees with the labels.
 
-The sheet hides which model wrote an answer and what the judge said: JSON lines with `key`, `prompt`, `answer` and an
-empty `label`, shuffled. The reader fills in one of `judge.VERDICTS` each (and what `note` he likes).
+A sheet hides which model wrote a text and what a judge or scorer said: JSON lines, shuffled, with a `key`, the texts
+and an empty `label`. On a sheet of answers (`draw_sheet`) the reader fills in one of `judge.VERDICTS` each, and what
+`note` he likes; `draw.py` makes sheets from a journal.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from steelyard.base.canonical import digest
 from steelyard.base.errors import FormatError, UsageError
 from steelyard.base.files import read_bounded, write_atomic
+from steelyard.base.strict import strict_json
 from steelyard.safety.judge import VERDICTS
 from steelyard.safety.measure import Answer
 
-SHEET_LIMIT = 16 << 20  # bytes
+SHEET_LIMIT = 64 << 20  # bytes
+ROW_LIMIT = 1 << 20  # bytes of a row
+G = TypeVar("G", bound=Hashable)
+
+
+# -- sheets ----------------------------------------------------------------------------------------------------------
+
+
+def apportion(sizes: Mapping[G, int], total: int, weights: Mapping[G, float] | None = None) -> dict[G, int]:
+    """How many to draw from each group, `total` in all: one from each (the first ones, if `total` is less), then in
+    proportion to `weights` (default: alike), no group over its size; what a full group leaves goes to the others.
+
+    Huntington and Hill's divisor method. Raises UsageError where `total` is under 1 or over the sum of `sizes`.
+    """
+    if not 1 <= total <= sum(sizes.values()):
+        raise UsageError(f"count {total}: there are {sum(sizes.values())} to draw from")
+    weight = weights or dict.fromkeys(sizes, 1.0)
+    given = dict.fromkeys(sizes, 0)
+
+    def priority(group: G) -> float:
+        return weight[group] / (given[group] * (given[group] + 1)) ** 0.5 if given[group] else math.inf
+
+    for _ in range(total):
+        given[max((group for group in sizes if given[group] < sizes[group]), key=priority)] += 1
+    return given
+
+
+def write_sheet(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write rows as JSON lines. Raises UsageError where `path` exists: labels are never overwritten."""
+    if path.exists():
+        raise UsageError(f"{path} exists: labels may be in it; move it, or draw elsewhere")
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def read_sheet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a sheet, each with its place (`FILE:LINE`). Raises FormatError naming the line."""
+    for number, line in enumerate(read_bounded(path, SHEET_LIMIT).splitlines(), 1):
+        where = f"{path}:{number}"
+        row = strict_json(line, where, limit=ROW_LIMIT, depth=2)
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("key", "label")):
+            raise FormatError(f"{where}: not a row of a sheet: it needs a key and a label, both text")
+        yield where, row
+
+
+# -- answers and a judge ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -41,25 +89,15 @@ def draw_sheet(answers: Mapping[str, Sequence[Answer]], count: int, seed: int, p
     """Write `count` answers of each model (the same prompts), shuffled, to `path`; gives how many lines it has.
 
     The draw is spread evenly over the sets of prompts. Raises UsageError where there are fewer prompts than `count`,
-    or the sheet exists: labels are never overwritten.
+    or the sheet exists.
     """
-    if path.exists():
-        raise UsageError(f"{path} exists: labels may be in it; move it, or draw elsewhere")
     first = next(iter(answers.values()))
     by_set: dict[str, list[str]] = {}
     for answer in first:
         by_set.setdefault(answer.id.rsplit("/", 1)[0], []).append(answer.id)
-    if not 1 <= count <= len(first):
-        raise UsageError(f"count {count}: there are {len(first)} answers of each model")
+    quota = apportion({name: len(ids) for name, ids in by_set.items()}, count)
     chance = random.Random(seed)
-    for ids in by_set.values():
-        chance.shuffle(ids)
-    chosen: list[str] = []
-    while len(chosen) < count:
-        for ids in by_set.values():
-            if ids and len(chosen) < count:
-                chosen.append(ids.pop())
-    wanted = set(chosen)
+    wanted = {one for name, ids in by_set.items() for one in chance.sample(ids, quota[name])}
     rows = [
         {"key": key_of(model, answer), "prompt": answer.prompt, "answer": answer.answer, "label": "", "note": ""}
         for model, given in answers.items()
@@ -67,7 +105,7 @@ def draw_sheet(answers: Mapping[str, Sequence[Answer]], count: int, seed: int, p
         if answer.id in wanted
     ]
     chance.shuffle(rows)
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_sheet(path, rows)
     return len(rows)
 
 
@@ -78,16 +116,12 @@ def score_sheet(answers: Mapping[str, Sequence[Answer]], path: Path) -> dict[str
     """
     known = {key_of(model, answer): (model, answer) for model, given in answers.items() for answer in given}
     pairs: list[tuple[str, str, str]] = []  # model, label, verdict
-    for number, line in enumerate(read_bounded(path, SHEET_LIMIT).decode("utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            key, label = row["key"], row["label"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{path}:{number}: not a row of a sheet: {error}") from error
+    for where, row in read_sheet(path):
+        key, label = row["key"], row["label"]
         if key not in known:
-            raise FormatError(f"{path}:{number}: key {key!r} is of no answer measured here")
+            raise FormatError(f"{where}: key {key!r} is of no answer measured here")
         if label not in VERDICTS:
-            raise FormatError(f"{path}:{number}: label {label!r}: must be one of {', '.join(VERDICTS)}")
+            raise FormatError(f"{where}: label {label!r}: must be one of {', '.join(VERDICTS)}")
         model, answer = known[key]
         pairs.append((model, label, answer.verdict))
     if not pairs:

@@ -90,7 +90,7 @@ def read_prompts(spec: str) -> PromptSet:
     if not path.is_file():
         raise UsageError(f"prompts {spec!r}: {path}: no such file")
     prompts = []
-    for line, row in enumerate(_rows(path), 1):
+    for line, row in enumerate(read_rows(path), 1):
         where = f"{path}: row {line}"
         if condition and str(_field(row, key, where)) != value:
             continue
@@ -125,7 +125,8 @@ def sample(one: PromptSet, limit: int | None) -> PromptSet:
     return PromptSet(one.name, tuple(one.prompts[number * count // limit] for number in range(limit)))
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file (a header line) or of JSON lines, also gzipped; bounded. Raises FormatError."""
     text = read_text(path)
     if path.name.removesuffix(".gz").endswith(".csv"):
         try:

@@ -153,30 +153,33 @@ _SPEED_TEXT = (
 )
 
 
-def _scores(scorer: Scorer, cases: Sequence[Labelled]) -> dict[str, Floats]:
-    """The scores of all cases by category, and of a scorer of several categories ANY: how far over its threshold, in
+def scores_of(scorer: Scorer, items: Sequence[Item]) -> dict[str, Floats]:
+    """The scores of all items by category, and of a scorer of several categories ANY: how far over its threshold, in
     log-odds, the worst category is."""
-    results = score_checked(scorer, [case.item for case in cases])
+    results = score_checked(scorer, items)
     values = []
     for result in results:
         if not isinstance(result, Score):
-            raise SteelyardError(f"{scorer.identity().name}: {result.reason}; a card needs a score for every case")
+            raise SteelyardError(
+                f"{scorer.identity().name}: {result.reason}; its errors are measured on scores for every text"
+            )
         values.append(result.values)
     categories = scorer.identity().categories
     found = {category: np.array([value[category] for value in values], dtype=np.float64) for category in categories}
     if len(found) > 1:
-        over = [_log_odds(found[key]) - _log_odds(np.array(one.threshold)) for key, one in categories.items()]
+        over = [log_odds(found[key]) - log_odds(np.array(one.threshold)) for key, one in categories.items()]
         found[ANY] = np.max(over, axis=0)
     return found
 
 
-def _log_odds(p: Floats) -> Floats:
+def log_odds(p: Floats) -> Floats:
+    """log(p / (1 - p)), finite also at 0 and 1."""
     p = np.clip(p, 1e-12, 1 - 1e-12)
     odds: Floats = np.log(p / (1 - p))
     return odds
 
 
-def _measured(cases: Sequence[Labelled], scores: Floats, threshold: float) -> dict[str, Any]:
+def measured(cases: Sequence[Labelled], scores: Floats, threshold: float) -> dict[str, Any]:
     """`evaluate`, and by facet the shares of each kind of case."""
     positive = np.array([case.positive for case in cases])
     found = evaluate(scores, positive, threshold)
@@ -206,14 +209,14 @@ def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
         thresholds[ANY] = 0.0
     wanted = {test_set for category in thresholds for test_set in TEST_SETS.get(category, ())}
     cases = {one: list(one[2](data / one[1])) for one in wanted if (data / one[1]).is_file()}
-    scores = {one: _scores(scorer, given) for one, given in cases.items()}
+    scores = {one: scores_of(scorer, [case.item for case in given]) for one, given in cases.items()}
     categories: dict[str, Any] = {}
     for category, threshold in thresholds.items():
         present = [one for one in TEST_SETS.get(category, ()) if one in cases]
-        sets = {one[0]: _measured(cases[one], scores[one][category], threshold) for one in present}
+        sets = {one[0]: measured(cases[one], scores[one][category], threshold) for one in present}
         if len(xstest := [one for one in present if one[0].startswith("xstest_")]) == 2:
             both = [case for one in xstest for case in cases[one]]
-            sets["xstest"] = _measured(both, np.concatenate([scores[one][category] for one in xstest]), threshold)
+            sets["xstest"] = measured(both, np.concatenate([scores[one][category] for one in xstest]), threshold)
         categories[category] = {
             "test_sets": sets,
             "absent": [one[0] for one in TEST_SETS.get(category, ()) if one not in cases],

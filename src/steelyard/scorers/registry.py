@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from steelyard.base.errors import UsageError
-from steelyard.scorers.adapters.adapter import open_adapter
+from steelyard.scorers.adapters.adapter import UNMEASURED, open_adapter
 from steelyard.scorers.answer import AnswerScorer
 from steelyard.scorers.base import Scorer
+from steelyard.scorers.calibrated import CalibratedScorer
 from steelyard.scorers.contextual import ContextualScorer
 from steelyard.scorers.embedded import WEIGHTS, Embedded
 from steelyard.scorers.lexical import LexicalScorer
@@ -25,8 +27,9 @@ EMBEDDED: dict[str, Callable[[Path], Embedded]] = {
 
 def open_scorer(reference: str, folder: Path = Path()) -> Scorer:
     """The scorer that `reference` names: `embedded:NAME`, one that ships; `trained:FOLDER/NAME`, one that `steelyard
-    scorer train NAME` wrote to FOLDER; `adapter:FILE.yaml` (a relative FILE starts at `folder`: that of the battery
-    that names it), another model behind a file's description; or `python:MODULE:FACTORY`.
+    scorer train NAME` wrote to FOLDER; `adapter:FILE.yaml`, another model behind a file's description;
+    `calibrated:FILE.json`, another scorer with the errors that `steelyard scorer calibrate` measured; or
+    `python:MODULE:FACTORY`. A relative FILE starts at `folder`: that of the battery that names it.
 
     The last imports MODULE and calls FACTORY without arguments. Raises UsageError for anything else, for a module or
     factory that can't be found or fails, and for a result that is no scorer; FormatError for damaged weights.
@@ -38,12 +41,18 @@ def open_scorer(reference: str, folder: Path = Path()) -> Scorer:
         return _embedded(reference, Path(rest).name, Path(rest).parent)
     if kind == "adapter":
         return open_adapter(folder / rest)
+    if kind == "calibrated":
+        found = open_uncalibrated(reference, folder)
+        unknown = [name for name, one in found.identity().categories.items() if one == UNMEASURED]
+        if unknown:
+            raise UsageError(f"scorer {reference}: {unknown[0]} was not measured: steelyard scorer calibrate does it")
+        return found
     if kind == "python":
         return _from_python(reference, rest)
     known = ", ".join(f"embedded:{name}" for name in EMBEDDED)
     raise UsageError(
-        f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, adapter:FILE.yaml, or "
-        "python:MODULE:FACTORY"
+        f"scorer {reference!r} is unknown: give one of {known}, trained:FOLDER/NAME, adapter:FILE.yaml, "
+        "calibrated:FILE.json, or python:MODULE:FACTORY"
     )
 
 
@@ -53,6 +62,8 @@ def open_uncalibrated(reference: str, folder: Path = Path()) -> Scorer:
     kind, _, rest = reference.partition(":")
     if kind == "adapter":
         return open_adapter(folder / rest, measured=False)
+    if kind == "calibrated":
+        return CalibratedScorer(folder / rest, partial(open_uncalibrated, folder=folder))
     return open_scorer(reference, folder)
 
 
