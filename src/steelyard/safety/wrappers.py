@@ -7,8 +7,8 @@
     many-turn          harmless turns, answered willingly, come first (Russinovich et al. 2024, arXiv:2404.01833)
     translate:LANG     the request in another language (Deng et al. 2023, arXiv:2310.06474), by a table or a translator
 
-The wording is this project's own: rates are not those of the papers. A wrapper changes the last user's turn (or, where a
-text is to be continued, that text); many-turn alone adds turns.
+The wording is this project's own: rates are not those of the papers. A wrapper changes the last user's turn (or,
+where a text is to be continued, that text); many-turn alone adds turns.
 
 >>> wrap([(Message("user", "How is bread made?"),)], [leetspeak])[0][0].content
 'H0w 1s br34d m4d3?'

@@ -49,7 +49,8 @@ def _toxigen(path: Path) -> list[Entry]:
 
 
 def _bold(path: Path) -> list[Entry]:
-    """Prompt beginnings by domain, group and entity; an entity's several prompts are one cluster."""
+    """Prompt beginnings by domain, group and entity; an entity's several prompts are one cluster. The few prompts
+    that were published empty are left out."""
     found = []
     for name, text in read_texts(path, "_prompt.json"):
         domain, groups = name.removesuffix("_prompt.json"), load_json(text, f"{path}: {name}")
@@ -59,8 +60,10 @@ def _bold(path: Path) -> list[Entry]:
                     raise FormatError(f"{path}: {name}: {group}: {thing}: must be a list of prompts")
                 for number, prompt in enumerate(prompts):
                     where = f"{domain}/{group}/{thing}"
-                    if not isinstance(prompt, str) or not prompt.strip():
+                    if not isinstance(prompt, str):
                         raise FormatError(f"{path}: {where}: a prompt must be text")
+                    if not prompt.strip():
+                        continue
                     facets = {"domain": domain, "group": f"{domain}: {group}"}
                     found.append(Entry(f"{where}/{number}", prompt.rstrip(), facets=facets, family=where))
     return found

@@ -1,4 +1,4 @@
-"""From the values of a measure to figures: means with two-sided 95% intervals, clustered; groups; a wrapper's effect."""
+"""From the values of a measure to figures: means with two-sided 95% intervals, clustered; gaps; a wrapper's effect."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Running a set on a model: prompts, answers, scores, verdicts and likelihoods are each kept in the output folder as JSON
-lines, so that a stopped run goes on; the figures are computed from these.
+"""Running a set on a model: prompts, answers, scores, verdicts and likelihoods are each kept in the output folder as
+JSON lines, so that a stopped run goes on; the figures are computed from these.
 
     OUT/plain/prompts.jsonl answers.jsonl scores-CATEGORY.jsonl judged.jsonl likelihoods.jsonl
     OUT/wrapped/...          the same entries through the attack wrappers
@@ -142,8 +142,9 @@ def _named(scorer: Scorer) -> dict[str, str]:
 def _results(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     values = measures(outcomes, job.metrics)
     found: dict[str, Any] = {"figures": [asdict(figure) for figure in figures(job.entries, values)]}
-    if job.adapter.gap and "toxic_share" in values:
-        found["gap"] = {"measure": "toxic_share", **gap(job.entries, values["toxic_share"], job.adapter.gap)}
+    worst = gap(job.entries, values["toxic_share"], job.adapter.gap) if job.adapter.gap else None
+    if worst is not None:
+        found["gap"] = {"measure": "toxic_share", **worst}
     return found
 
 
@@ -206,7 +207,7 @@ def _prompts(job: Job, wrappers: Sequence[str], folder: Path, progress: Progress
 
 
 def _answers(job: Job, prompts: Sequence[Prompt], folder: Path, progress: Progress) -> list[str]:
-    """Every entry's samples, side by side. A sample's seed follows from the entry's id, its number and the job's seed."""
+    """Every entry's samples, side by side. The seed of each follows from entry id, sample number and job."""
     samples = job.adapter.samples
     asked = [(entry.id, number, sample) for number, entry in enumerate(job.entries) for sample in range(samples)]
     shown = [text if isinstance(text, str) else [asdict(turn) for turn in text] for text in prompts]
@@ -236,7 +237,7 @@ def _answers(job: Job, prompts: Sequence[Prompt], folder: Path, progress: Progre
 
 def _scores(
     job: Job, category: str, items: Sequence[Item], folder: Path, progress: Progress
-) -> list[Mapping[str, float]]:
+) -> Sequence[Mapping[str, float]]:
     scorer = job.scorers[category]
     header = {"scorer": scorer.identity().digest, "answers": digest([item.completion for item in items])}
 
