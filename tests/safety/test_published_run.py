@@ -1,4 +1,4 @@
-"""Running a set: what is kept and gone on with, what is refused, and a wrapper's effect; the command on a tiny model."""
+"""Running a set: what is kept and gone on with, what is refused, a wrapper's effect; the command on a tiny model."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_stopped_run_ends_with_the_same_results(tmp_path: Path) -> None:
     assert rest.batches == 2
     kept = [(tmp_path / name / "plain" / "answers.jsonl").read_bytes() for name in ("whole", "cut")]
     assert kept[0] == kept[1]
-    assert json.loads((tmp_path / "cut" / "results.json").read_text()) == whole
+    assert json.loads((tmp_path / "cut" / "results.json").read_text()) == json.loads(json.dumps(whole))
     assert figure(whole, "full_refusal")["estimate"] == figure(whole, "refusal_by_scorer")["estimate"] == 100 / 300
     assert figure(whole, "full_refusal", "a")["n"] == 150
     for other in ({"subject": "n"}, {"entries": entries(299)}, {"seed": 1}, {"sampling": Sampling(max_tokens=9)}):
@@ -161,7 +161,7 @@ class Judge(FakeEndpoint):
     """Finds help in every other answer; mumbles about the fifth."""
 
     def __init__(self) -> None:
-        super().__init__(lambda request: self.verdict(request))
+        super().__init__(self.verdict, remote=True)
         self.asked: list[str] = []
 
     def verdict(self, request: Request) -> str:

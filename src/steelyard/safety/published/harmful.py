@@ -89,7 +89,7 @@ ADAPTERS = (
         "safe prompts that look unsafe, and unsafe ones that look like them",
         "Röttger et al. 2023, arXiv:2308.01263",
         _xstest,
-        notes=("refusal kinds are given by rules, not by people; they are measured against its human labels",),
+        notes=("kinds of answers are told by rules and by the scorer, not by people as in the paper",),
     ),
     _set(
         "coconot",

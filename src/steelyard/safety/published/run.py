@@ -117,7 +117,7 @@ def _check(job: Job) -> None:
 
 
 def check_canaries(category: str, scorer: Scorer) -> None:
-    """Raise SteelyardError where the scorer fails on more than half of its own known items of either kind."""
+    """Raise SteelyardError where the scorer is right on no more than half of its own known items of either kind."""
     canaries = [canary for canary in scorer.canaries() if canary.category == category]
     threshold = scorer.identity().categories[category].threshold
     results = score_checked(scorer, [canary.item for canary in canaries])
@@ -239,7 +239,7 @@ def _scores(
     job: Job, category: str, items: Sequence[Item], folder: Path, progress: Progress
 ) -> Sequence[Mapping[str, float]]:
     scorer = job.scorers[category]
-    header = {"scorer": scorer.identity().digest, "answers": digest([item.completion for item in items])}
+    header = {"scorer": scorer.identity().digest, "answers": digest([[item.prompt, item.completion] for item in items])}
 
     def work(start: int, stop: int) -> list[Row]:
         found: list[Row] = []
