@@ -54,8 +54,13 @@ def figures(entries: Sequence[Entry], values: Mapping[str, Mapping[str, Values]]
         for entry in known:
             for facet, group in entry.facets.items():
                 parts.setdefault((facet, group), []).append(entry)
-        found += [_figure(measure, *place, part, by_id) for place, part in parts.items()]
+        found += [_figure(measure, *place, part, by_id) for place, part in sorted(parts.items(), key=_all_first)]
     return found
+
+
+def _all_first(part: tuple[tuple[str, str], Sequence[Entry]]) -> tuple[bool, str, str]:
+    (facet, group), _ = part
+    return facet != ALL, facet, group
 
 
 def _figure(measure: str, facet: str, group: str, entries: Sequence[Entry], by_id: Mapping[str, Values]) -> Figure:
