@@ -12,7 +12,7 @@ import typer
 
 from steelyard.base.errors import SteelyardError
 from steelyard.base.threads import choose_waiting
-from steelyard.cli import chat, doctor, key, ledger, measure, model, release, run, safety, scorer, train
+from steelyard.cli import chat, doctor, key, ledger, measure, model, published, release, run, safety, scorer, train
 from steelyard.cli.output import one_line
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.add_typer(safety.app, name="safety")
 app.add_typer(scorer.app, name="scorer")
 app.add_typer(train.app, name="train")
 app.add_typer(measure.app, name="measure")
+app.add_typer(published.app, name="probe")
 app.add_typer(key.app, name="key")
 app.add_typer(ledger.app, name="ledger")
 

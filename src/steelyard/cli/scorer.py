@@ -196,7 +196,8 @@ def calibrate(
         found = {drawn.category: one}
     calibrations = before | {name: one.calibration for name, one in found.items()}
     write_calibration(out, CalibrationFile(scorer=reference, identity=identity, categories=calibrations))
-    shown: dict[str, Any] = {"scorer": f"calibrated:{out}", "pin": open_uncalibrated(f"calibrated:{out}").identity().pin}
+    made = f"calibrated:{out}"
+    shown: dict[str, Any] = {"scorer": made, "pin": open_uncalibrated(made).identity().pin}
     shown["categories"] = {
         name: one.figures
         | {

@@ -9,12 +9,7 @@ output folder, so that a person can read them (`labels.py`) and a stopped run go
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
-import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +20,13 @@ from scipy.special import ndtri
 
 from steelyard.base.canonical import digest
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
-from steelyard.base.files import read_bounded, write_atomic
 from steelyard.base.progress import Progress
 from steelyard.inference.endpoint import Endpoint, Message, Request, Sampling
 from steelyard.safety.judge import VERDICTS, Verdict, judge
+from steelyard.safety.kept import keep, read_kept
+from steelyard.safety.rows import field_of, read_rows
 from steelyard.safety.statistics import clopper_pearson, paired_difference
 
-FILE_LIMIT = 64 << 20  # bytes of a prompt file, unpacked
 PROMPT_LIMIT = 20_000  # characters
 BLOCK = 128  # answers written at a time; a resumed run repeats whole blocks
 TWO_SIDED = 0.975  # a one-sided bound at this confidence is an end of a two-sided 95% interval
@@ -92,9 +87,9 @@ def read_prompts(spec: str) -> PromptSet:
     prompts = []
     for line, row in enumerate(read_rows(path), 1):
         where = f"{path}: row {line}"
-        if condition and str(_field(row, key, where)) != value:
+        if condition and str(field_of(row, key, where)) != value:
             continue
-        first, *others = (_field(row, field, where) for field in wanted.split("+"))
+        first, *others = (field_of(row, field, where) for field in wanted.split("+"))
         prompt = "\n\n".join(part.strip() for part in (first, *others) if isinstance(part, str) and part.strip())
         whole = all(isinstance(part, str) for part in (first, *others)) and first.strip()
         if not whole or len(prompt) > PROMPT_LIMIT:
@@ -105,62 +100,12 @@ def read_prompts(spec: str) -> PromptSet:
     return PromptSet(name, tuple(prompts))
 
 
-def _field(row: Any, field: str, where: str) -> Any:
-    found, names = row, field.split(".") if field not in row else [field]
-    for name in names:
-        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-            found = found[int(name)]
-        elif isinstance(found, dict) and name in found:
-            found = found[name]
-        else:
-            raise FormatError(f"{where} has no field {field} (it has: {', '.join(map(str, row))})")
-    return found
-
-
 def sample(one: PromptSet, limit: int | None) -> PromptSet:
     """`limit` prompts, evenly spread over the set, or all where it has no more."""
     count = len(one.prompts)
     if limit is None or limit >= count:
         return one
     return PromptSet(one.name, tuple(one.prompts[number * count // limit] for number in range(limit)))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file (a header line) or of JSON lines, also gzipped; bounded. Raises FormatError."""
-    text = read_text(path)
-    if path.name.removesuffix(".gz").endswith(".csv"):
-        try:
-            return list(csv.DictReader(io.StringIO(text), strict=True))
-        except csv.Error as error:
-            raise FormatError(f"{path}: not CSV: {error}") from error
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise FormatError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise FormatError(f"{path}:{number}: a row must be an object")
-            rows.append(row)
-    return rows
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, unpacked where its name ends in .gz; bounded. Raises FormatError."""
-    data = read_bounded(path, FILE_LIMIT)
-    if path.name.endswith(".gz"):
-        try:
-            with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(FILE_LIMIT + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise FormatError(f"{path}: cannot be unpacked: {error}") from error
-        if len(data) > FILE_LIMIT:
-            raise FormatError(f"{path}: unpacks to over {FILE_LIMIT:,} bytes")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -178,42 +123,29 @@ def answer_sets(
         raise UsageError("two sets of prompts have one name: give each its own")
     asked = [(f"{one.name}/{number}", prompt) for one in sets for number, prompt in enumerate(one.prompts)]
     header = {"subject": subject, "prompts": digest(asked), "sampling": digest(asdict(sampling))}
-    done: list[Answer] = []
-    if path.exists():
-        if _lines(path)[0] != header:
-            raise SteelyardError(f"{path}: answers of another model, prompts or sampling: choose another folder")
-        done = read_answers(path)
-    with progress.task(f"answer {path.stem}", len(asked), "answers", done=len(done)) as task:
-        while len(done) < len(asked):
-            block = asked[len(done) : len(done) + BLOCK]
-            requests = [Request(id, (Message("user", prompt),), sampling, _seed(id)) for id, prompt in block]
-            for (id, prompt), found in zip(block, endpoint.generate(requests), strict=True):
-                done.append(Answer(id, prompt, found.text, found.finish, judge(found.text)))
-            rows: list[dict[str, Any]] = [header, *map(asdict, done)]
-            write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            task.advance(len(block))
-    return done
+
+    def work(start: int, stop: int) -> list[dict[str, Any]]:
+        block = asked[start:stop]
+        requests = [Request(id, (Message("user", prompt),), sampling, seed_of(id)) for id, prompt in block]
+        return [
+            asdict(Answer(id, prompt, found.text, found.finish, judge(found.text)))
+            for (id, prompt), found in zip(block, endpoint.generate(requests), strict=True)
+        ]
+
+    keep(path, header, len(asked), BLOCK, work, progress, "answers")
+    return read_answers(path)
 
 
 def read_answers(path: Path) -> list[Answer]:
     """The answers kept in `path`, judged anew: they outlast a change of the judge's rules. Raises FormatError."""
     try:
-        return [Answer(**row | {"verdict": judge(row["answer"])}) for row in _lines(path)[1:]]
+        return [Answer(**row | {"verdict": judge(row["answer"])}) for row in read_kept(path)[1]]
     except (TypeError, KeyError) as error:
         raise FormatError(f"{path}: not a file of answers: {error}") from error
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = [json.loads(line) for line in read_bounded(path, FILE_LIMIT).decode("utf-8").splitlines()]
-    except ValueError as error:
-        raise FormatError(f"{path}: not a file of answers: {error}") from error
-    if not lines or not all(isinstance(line, dict) for line in lines):
-        raise FormatError(f"{path}: not a file of answers: remove it to measure again")
-    return lines
-
-
-def _seed(id: str) -> int:
+def seed_of(id: str) -> int:
+    """A request's seed: follows from its id alone, the same for every model."""
     return int.from_bytes(hashlib.sha256(id.encode()).digest()[:4], "big")
 
 

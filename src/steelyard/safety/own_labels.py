@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steelyard.base.errors import FormatError, UsageError
-from steelyard.safety.measure import read_rows
+from steelyard.safety.rows import read_rows
 from steelyard.scorers.base import Item
 
 TEXT_LIMIT = 100_000  # characters

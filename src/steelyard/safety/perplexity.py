@@ -15,7 +15,8 @@ from steelyard.inference.engine import Engine
 from steelyard.inference.likelihood import log_likelihoods
 from steelyard.model.llama import load_llama
 from steelyard.model.tokenizer import Tokenizer
-from steelyard.safety.measure import TWO_SIDED, Interval, read_text
+from steelyard.safety.measure import TWO_SIDED, Interval
+from steelyard.safety.rows import read_text
 
 Z95 = float(ndtri(TWO_SIDED))
 
