@@ -140,13 +140,13 @@ def _scorers(adapter: Any, references: list[str]) -> dict[str, Scorer]:
     """A scorer for each category that the set needs: of those named the first that covers it, else the embedded one."""
     from steelyard.base.errors import UsageError
     from steelyard.safety.published.run import scorer_categories
-    from steelyard.scorers.registry import open_scorer
+    from steelyard.scorers.registry import covering_by_default, open_scorer
 
     named = [(reference, open_scorer(reference)) for reference in references]
     found = {}
     for category in scorer_categories(adapter):
         covering = [one for _, one in named if category in one.identity().categories]
-        found[category] = covering[0] if covering else open_scorer(f"embedded:{category}")
+        found[category] = covering[0] if covering else open_scorer(f"embedded:{covering_by_default(category)}")
     if idle := [reference for reference, one in named if one not in found.values()]:
         raise UsageError(f"--scorer {idle[0]}: covers nothing that {adapter.name} needs ({', '.join(found) or 'none'})")
     return found

@@ -240,8 +240,11 @@ def read_labels(path: Path, sample: Sample) -> dict[str, str]:
             raise FormatError(f"{where}: key {key[:40]!r} {cause}")
         seen.add(key)
         prompt, completion = row.get("prompt"), row.get("completion")
-        whole = isinstance(prompt, str) and isinstance(completion, str)
-        if not whole or key != key_of(sample.journal, one.probe, one.sample, prompt, completion):
+        if not (
+            isinstance(prompt, str)
+            and isinstance(completion, str)
+            and key == key_of(sample.journal, one.probe, one.sample, prompt, completion)
+        ):
             raise FormatError(
                 f"{where}: its texts were changed since they were drawn: take the sheet as it was written"
             )

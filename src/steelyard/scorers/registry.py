@@ -67,6 +67,14 @@ def open_uncalibrated(reference: str, folder: Path = Path()) -> Scorer:
     return open_scorer(reference, folder)
 
 
+def covering_by_default(category: str) -> str:
+    """The name of the first embedded scorer that covers `category`. Raises UsageError where none does."""
+    for name, make in EMBEDDED.items():
+        if category in make(WEIGHTS).covered:
+            return name
+    raise UsageError(f"no embedded scorer covers {category}: give one with --scorer")
+
+
 def _embedded(reference: str, name: str, folder: Path) -> Scorer:
     if name not in EMBEDDED:
         raise UsageError(f"scorer {reference!r}: {name!r} is no scorer's name: end with one of {', '.join(EMBEDDED)}")

@@ -101,7 +101,7 @@ def mean_interval(values: npt.ArrayLike, clusters: Sequence[str], low: float, hi
     reach = float(stdtrit(count - 1, TWO_SIDED)) * spread
     ends = [(mean - reach, mean + reach)]
     if count <= BOOTSTRAP_CLUSTERS and (drawn := cluster_bootstrap(sums, sizes, TWO_SIDED)) is not None:
-        ends.append(drawn)
+        ends.append((float(drawn[0]), float(drawn[1])))
     return max(low, min(end for end, _ in ends)), min(high, max(end for _, end in ends))
 
 
