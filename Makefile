@@ -42,6 +42,9 @@ $(VENV)/.peer: $(VENV)/.dev
 
 bench: bench-inference bench-train bench-scorers bench-statistics bench-safety
 
+bench-statistics: $(VENV)/.models
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bounds.py
+
 bench-%: $(VENV)/.peer
 	@$(BIN)/steelyard run recipes/quickstart.yaml --until import >/dev/null
 	@PYTHONPATH=$(VENV)/peer $(BIN)/python benchmarks/$*.py $$(ls -td .steelyard/models/import-* | head -1)

@@ -26,7 +26,7 @@ from steelyard.base.threads import choose_waiting
 choose_waiting()  # before torch is imported
 
 import torch  # noqa: E402
-from safety_journal import large_journal  # noqa: E402
+from safety_journal import measure  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from steelyard.base.progress import default_progress  # noqa: E402
@@ -156,7 +156,7 @@ def main() -> None:
     tested = Tested(endpoint, subject_of(folder), shipped_sampling(folder))
     with tempfile.TemporaryDirectory() as scratch:
         job = Job(tested, battery(texts), [load_policy("preview")], {"toxicity": scorer})
-        ledger = Ledger.open(Path(scratch) / "ledger.db")
+        ledger = Ledger(Path(scratch) / "ledger.sqlite")
         progress = default_progress(as_json=False)
         whole = clock(lambda: run_battery(job, out=Path(scratch) / "run", ledger=ledger, progress=progress))
     mine, ended = endpoint.tokens / endpoint.seconds, PROMPTS * SAMPLES / whole
@@ -175,14 +175,15 @@ def main() -> None:
     found, count, seconds = peer.continuations(texts[:PEER_PROMPTS], best)
     scoring = clock(lambda: _scored(scorer, found))
     name = f"transformers, {best} prompts at a time"
-    lines = large_journal()
+    with tempfile.TemporaryDirectory() as scratch:
+        lines = measure(Path(scratch))
     report(
         "safety",
         [
             Row("generate", mine, count / seconds, f"{name}, tokens/s", 3.5),
             Row("end_to_end", ended, len(found) / (seconds + scoring), f"{name}, and the scorer, texts/s", 2.0),
-            Row("report_100k", lines.report_seconds, 10.0, "required, s", 1.0, less_is_better=True),
-            Row("resume_100k", lines.resume_seconds, 5.0, "required, s", 1.0, less_is_better=True),
+            Row("report_100k", lines.report, 10.0, "required, s", 1.0, less_is_better=True),
+            Row("resume_100k", lines.resume, 5.0, "required, s", 1.0, less_is_better=True),
         ],
     )
     hours = whole * 5 / 3600

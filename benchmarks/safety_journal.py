@@ -23,16 +23,16 @@ from steelyard.ledger.ledger import Ledger
 from steelyard.model.identity import Subject
 from steelyard.safety.battery import Battery, ProbeSet, load_battery
 from steelyard.safety.html import render_html
-from steelyard.safety.journal import read_journal
+from steelyard.safety.journal import needed_scorers, read_journal
 from steelyard.safety.markdown import render_markdown
 from steelyard.safety.policy import load_policy
 from steelyard.safety.report import compute_report, read_run, report_json
 from steelyard.safety.run import Job, Tested, run_battery
 from steelyard.scorers.base import Calibration, Canary, Item, Score, ScoreError, ScorerIdentity
+from steelyard.scorers.registry import open_scorer
 
 SAMPLES = 25  # continuations of an opening, as RealToxicityPrompts has them
 TOKENS = 20
-CATEGORIES = ("identity_attack", "sexual", "threat", "toxicity")
 WORDS = ("the", "model", "says", "that", "water", "runs", "down", "hill", "while", "people", "walk", "home", "music")
 
 
@@ -122,7 +122,8 @@ def _battery(lines: int) -> Battery:
     has at least `lines` lines."""
     quick = load_battery("quick")
     sets = [part.model_copy(update={"samples": SAMPLES if part.samples > 1 else 1}) for part in quick.sets]
-    once = sum(3 * len(part.probes) * part.samples for part in sets)  # a generation and two scores each
+    needed = needed_scorers(quick)
+    once = sum(part.samples * (1 + len(needed.get(probe.axis, ()))) for part in sets for probe in part.probes)
     return quick.model_copy(update={"sets": tuple(_repeated(part, -(-lines // once)) for part in sets)})
 
 
@@ -143,7 +144,10 @@ def _subject() -> Subject:
 def build(folder: Path, lines: int) -> tuple[Path, float]:
     """Run, kill at the last batch, resume: the run's folder, and the seconds that resuming took."""
     battery = _battery(lines)
-    scorers = {"toxicity": _Hashed("toxicity", CATEGORIES), "refusal": _Hashed("refusal", ["refusal"])}
+    scorers = {
+        name: _Hashed(name, list(open_scorer(reference).identity().categories))
+        for name, reference in battery.scorers.items()
+    }
     policies = [load_policy("preview"), load_policy("public")]
     out = folder / "run"
     batches = sum(-(-len(part.probes) * part.samples // battery.batch_size) for part in battery.sets)

@@ -69,16 +69,16 @@ def test_same_seed_same_bytes_and_the_result_opens(data: Path, tmp_path: Path, m
 def test_the_prompt_is_read() -> None:
     """Whether an answer speaks of what was asked decides: labels that follow nothing else can be learned."""
     rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(["sun", "moon", "sea", "tree", "road", "fire"], 6)) for _ in range(300)]
-    pairs = [(texts[i], texts[i] if i % 2 else texts[i - 1]) for i in range(300)]
+    texts = [" ".join(rng.choice(["sun", "moon", "sea", "tree", "road", "fire"], 6)) for _ in range(1500)]
+    pairs = [(texts[i], texts[i] if i % 2 else texts[i - 1]) for i in range(1500)]
     features = answer_features(HashEncoder(), pairs)  # type: ignore[arg-type]
-    labels = np.array([[np.nan, float(i % 2)] for i in range(300)], dtype=np.float32)
+    labels = np.array([[np.nan, float(i % 2)] for i in range(1500)], dtype=np.float32)
     labels[0, 0], labels[1, 0] = 0, 1
-    tensors = fit(features[:200], labels[:200], 0)
+    tensors = fit(features[:1200], labels[:1200], 0)
     assert tensors["hidden_weight"].shape == (answer_module.WIDTH, features.shape[1])
-    hidden = np.maximum(features[200:] @ tensors["hidden_weight"].astype(np.float32).T + tensors["hidden_bias"], 0)
+    hidden = np.maximum(features[1200:] @ tensors["hidden_weight"].astype(np.float32).T + tensors["hidden_bias"], 0)
     scores = hidden @ tensors["out_weight"][1] + tensors["out_bias"][1]
-    assert ((scores > 0) == (labels[200:, 1] == 1)).mean() > 0.8
+    assert ((scores > 0) == (labels[1200:, 1] == 1)).mean() > 0.8
 
 
 def test_errors(data: Path, tmp_path: Path) -> None:

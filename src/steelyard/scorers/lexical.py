@@ -43,10 +43,12 @@ class LexicalModel:
         self._scale, self._bias = tensors["scale"].astype(np.float64), tensors["bias"].astype(np.float64)
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """[texts, categories], of each text's worst window."""
+        """[texts, categories], of each text's worst window; 0 where there is no letter and no digit."""
         worst = np.full((len(texts), len(CATEGORIES)), -np.inf)
         for i, text in enumerate(texts):
             for window in windows(text):
+                if not any(map(str.isalnum, window)):
+                    continue  # no word, so nothing is said: what is left at -inf becomes 0
                 found = buckets(window)
                 logits = self._steps[found].sum(axis=0, dtype=np.int64) * self._scale / max(len(found), 1) ** 0.5
                 worst[i] = np.maximum(worst[i], logits + self._bias)
