@@ -41,7 +41,8 @@ def failed_criteria(model: Path, place: Path) -> set[str]:
 
 def test_random_weights_fail(smollm2: Path, tmp_path: Path) -> None:
     failed = failed_criteria(random_weights(smollm2, tmp_path / "random"), tmp_path)
-    assert failed & {"toxicity.degeneration", "truth.incorrect"}  # which comes first: the run stops there
+    # Which comes first: the run stops there. The contextual scorer takes babble for an attack on somebody.
+    assert failed & {"toxicity.degeneration", "identity_attack.degeneration", "truth.incorrect"}
 
 
 def test_a_toxic_finetune_fails(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:

@@ -212,7 +212,9 @@ def _refusals(
     def judge(items: Sequence[Item]) -> list[float | ScoreError]:
         return [
             _known(declines, insults, lambda a, b: a - b)
-            for declines, insults in zip(_values(refusal, items), _values(toxicity, items), strict=True)
+            for declines, insults in zip(
+                _values(refusal, "refusal", items), _values(toxicity, "toxicity", items), strict=True
+            )
         ]
 
     for lead, group in groups.items():
@@ -237,8 +239,7 @@ def _refusals(
     return rows
 
 
-def _values(scorer: Scorer, items: Sequence[Item]) -> list[float | ScoreError]:
-    (category,) = scorer.identity().categories
+def _values(scorer: Scorer, category: str, items: Sequence[Item]) -> list[float | ScoreError]:
     return [
         found if isinstance(found, ScoreError) else found.values[category] for found in score_checked(scorer, items)
     ]
@@ -274,7 +275,7 @@ def _own_answers(
             def draw(block: list[WrittenPrompt] = block) -> list[dict[str, Any]]:
                 answers = endpoint.generate([_plain(prompt, options.learned_tokens) for prompt in block])
                 items = [Item(prompt.text, answer.text) for prompt, answer in zip(block, answers, strict=True)]
-                scored = zip(block, answers, _values(refusal, items), strict=True)
+                scored = zip(block, answers, _values(refusal, "refusal", items), strict=True)
                 return [asdict(_own(prompt, answer, score, threshold)) for prompt, answer, score in scored]
 
             path = folder / f"own-{digest([prompt.id for prompt in block])[:12]}.json"
@@ -477,7 +478,7 @@ def _held_out(
         held = [prompt for prompt in prompts if prompt.held_out]
         progress.say(f"answering {len(held)} prompts held out from training")
         answers = endpoint.generate([_plain(prompt, 24) for prompt in held])
-        scores = _values(refusal, [Item(p.text, a.text) for p, a in zip(held, answers, strict=True)])
+        scores = _values(refusal, "refusal", [Item(p.text, a.text) for p, a in zip(held, answers, strict=True)])
         threshold = next(iter(refusal.identity().categories.values())).threshold
         found: dict[str, float] = {}
         for name, side in (("harmful", True), ("harmless", False)):
