@@ -156,7 +156,8 @@ def test_an_interrupted_run_resumes_to_the_same_report(tmp_path: Path, runner: R
     assert resumed.findings == ()
     again = runner(endpoint=FakeEndpoint(fail_at=0), battery=battery(seed=8))
     assert again == resumed
-    expected = comparable(undisturbed) | {"seed": 8, "battery": again.battery, "attempt": 2}  # another seed is a new try
+    # Another seed is another try.
+    expected = comparable(undisturbed) | {"seed": 8, "battery": again.battery, "attempt": 2}
     assert expected == comparable(resumed)
 
 
