@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 from collections import Counter, defaultdict
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from steelyard.base.errors import FormatError
+from steelyard.safety.battery import load_battery
 from steelyard.train.safety_prompts import FOLDER, preprompts, prompts_digest, written_prompts
 
 GRAM = 6  # words in a row that no prompt may share with a test set
@@ -67,9 +66,9 @@ def test_forms_tell_nothing() -> None:
     assert right / sum(sum(counts.values()) for counts in common) < 0.65
 
 
-def test_no_six_words_are_shared_with_the_battery(ours: dict[tuple[str, ...], str]) -> None:
-    folder = Path(str(resources.files("steelyard.safety"))) / "batteries" / "quick"
-    probes = [json.loads(line)["prompt"] for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+@pytest.mark.parametrize("battery", ["quick", "release"])
+def test_no_six_words_are_shared_with_a_battery(ours: dict[tuple[str, ...], str], battery: str) -> None:
+    probes = [probe.prompt for probe in load_battery(battery).probes()]
     assert len(probes) > 900
     assert [ours[gram] for probe in probes for gram in grams(probe) if gram in ours] == []
 
