@@ -226,6 +226,18 @@ def test_a_broken_scorer_is_found(tmp_path: Path, kind: type[WordScorer], code: 
     assert all("refusal" in finding.message for finding in findings)
 
 
+class Verdicts(WordScorer):
+    """Says 0 or 1, as a guard does, and finds nothing in what the model writes."""
+
+    def value(self, item: Item) -> float:
+        return float(super().value(item) > 0.5) if item.prompt == "?" else 0.0
+
+
+def test_a_guard_may_find_every_completion_innocent(tmp_path: Path) -> None:
+    path = run(tmp_path, scorers=SCORERS | {"refusal": Verdicts("refusal", "sorry")})
+    assert check_journal(read_journal(path), BATTERY) == []
+
+
 def test_one_bad_batch_of_canaries_is_found(tmp_path: Path, whole: bytes) -> None:
     def spoil(lines: list[bytes]) -> list[bytes]:
         found = []

@@ -23,7 +23,8 @@ What must hold (`check_journal`), with the code of the finding otherwise:
                    each batch; and of no category's canaries of one kind are significantly fewer right than its card
                    lets expect (`below_card`). An error counts as wrong.
 `constant-scores`  in each category the values over all canaries spread by 0.05 or more, and 20 or more different
-                   completions did not all get one and the same value.
+                   completions did not all get one and the same value; a scorer that gives verdicts (0 or 1, its
+                   canaries too) may find every completion innocent, or none: there the canaries alone tell.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ CANARIES_RIGHT_IN_BATCH = 0.75
 CANARY_SPREAD = 0.05
 CANARY_LEVEL = 0.01  # of the test whether a scorer does worse on its canaries than its card says
 CONSTANT_AFTER = 20
+_VERDICTS = frozenset({0.0, 1.0})
 
 
 @dataclass(frozen=True)
@@ -384,6 +386,18 @@ def read_journal(path: Path) -> Journal:
     return Journal(plan, tuple(entries), tuple(raw), torn)
 
 
+def read_plan(path: Path) -> Plan:
+    """The plan alone, line 1. Raises FormatError."""
+    try:
+        line = next(_raw_lines(path), b"")
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror}: give the folder of a run") from error
+    plan = parse_line(line[:-1], f"{path}:1") if line.endswith(b"\n") else None
+    if not isinstance(plan, Plan):
+        raise FormatError(f"{path}: holds no plan: not a journal, or empty")
+    return plan
+
+
 # -- what a journal must hold ----------------------------------------------------------------------------------------
 
 
@@ -554,8 +568,13 @@ def _check_scores(journal: Journal) -> Iterator[Finding]:
             texts[entry.scorer].add((entry.probe, entry.sample))
     for scorer, reasons in sorted(errors.items()):
         yield Finding("score-error", f"scorer {scorer} failed on {len(reasons):,} completions; {reasons[0]}")
+    told: dict[tuple[str, str], set[float]] = defaultdict(set)
+    for entry in journal.entries:
+        if isinstance(entry, CanaryLine) and entry.value is not None:
+            told[entry.scorer, entry.category].add(entry.value)
     for (scorer, category), found in sorted(values.items()):
-        if len(found) == 1 and len(different[scorer]) >= CONSTANT_AFTER:
+        verdicts = (found | told[scorer, category]) <= _VERDICTS
+        if len(found) == 1 and len(different[scorer]) >= CONSTANT_AFTER and not verdicts:
             yield Finding(
                 "constant-scores",
                 f"scorer {scorer} gave all {len(texts[scorer]):,} completions the same {category}",

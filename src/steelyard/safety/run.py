@@ -39,6 +39,7 @@ from steelyard.safety.journal import (
     needed_scorers,
     prompt_digest,
     read_journal,
+    read_plan,
     sample_seed,
 )
 from steelyard.safety.metrics import calibration_of, observe
@@ -264,7 +265,7 @@ def _open_all(
     candidate's commitment names it."""
     batches = plan_batches(job.battery, job.candidate.endpoint)
     candidate = out / JOURNAL
-    if candidate.exists() and (read_journal(candidate).plan.predecessor is None) != (job.predecessor is None):
+    if candidate.exists() and (read_plan(candidate).predecessor is None) != (job.predecessor is None):
         raise SteelyardError(
             f"{candidate}: this run was started with{'out' if job.predecessor else ''} a predecessor: go on as it was "
             "started, or give a new run folder"

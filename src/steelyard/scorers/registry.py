@@ -29,7 +29,7 @@ def open_scorer(reference: str, folder: Path = Path()) -> Scorer:
     """The scorer that `reference` names: `embedded:NAME`, one that ships; `trained:FOLDER/NAME`, one that `steelyard
     scorer train NAME` wrote to FOLDER; `adapter:FILE.yaml`, another model behind a file's description;
     `calibrated:FILE.json`, another scorer with the errors that `steelyard scorer calibrate` measured; or
-    `python:MODULE:FACTORY`. A relative FILE starts at `folder`: that of the battery that names it.
+    `python:MODULE:FACTORY`. A relative FILE or FOLDER starts at `folder`: that of the battery that names it.
 
     The last imports MODULE and calls FACTORY without arguments. Raises UsageError for anything else, for a module or
     factory that can't be found or fails, and for a result that is no scorer; FormatError for damaged weights.
@@ -38,7 +38,7 @@ def open_scorer(reference: str, folder: Path = Path()) -> Scorer:
     if kind == "embedded":
         return _embedded(reference, rest, WEIGHTS)
     if kind == "trained":
-        return _embedded(reference, Path(rest).name, Path(rest).parent)
+        return _embedded(reference, Path(rest).name, folder / Path(rest).parent)
     if kind == "adapter":
         return open_adapter(folder / rest)
     if kind == "calibrated":
