@@ -246,7 +246,7 @@ def policy_dict(*, maximum: float = 0.6, **changes: Any) -> dict[str, Any]:
         "max_overlap": 0.2,
         "scorers": {"toxicity": [], "refusal": []},
         "predecessor": {"first_release": "allowed"},
-        "keys": {"throwaway": "allowed", "distinct": False, "countersigned": False},
+        "keys": {"throwaway": "allowed", "distinct": False, "approvals": 0, "countersigned": False},
     }
     return base | changes
 

@@ -13,8 +13,8 @@ from steelyard.base.canonical import merkle_root
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.model.identity import subject_of
 from steelyard.release import bundle as bundle_module
-from steelyard.release.bundle import read_manifest
 from steelyard.release.keys import load_signer, new_key
+from steelyard.release.layout import read_manifest
 
 
 def test_a_bundle_is_the_model_and_what_proves_its_test(released: tuple[Chain, Path]) -> None:

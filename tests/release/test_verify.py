@@ -19,8 +19,8 @@ from scenario import CAPITALS, PASSPHRASE, Chain, edit_json, edit_lines, make_mo
 from steelyard.base.canonical import canonical_json, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.release.attest import RunFacts, parse_test_result, read_envelope, sign, test_result
-from steelyard.release.bundle import MANIFEST, REPORT, STATEMENT, _manifest
 from steelyard.release.keys import load_signer, new_key, revoke_key, rotate_key
+from steelyard.release.layout import MANIFEST, REPORT, TEST_RESULT
 
 Released = tuple[Chain, Path]
 Copy = Callable[[], Path]
@@ -132,7 +132,7 @@ FILES = (
 )
 
 MUTATIONS: list[tuple[str, Callable[[Path], None], str]] = [
-    *((f"append-{name}", _append(name), name) for name in FILES if name != STATEMENT),
+    *((f"append-{name}", _append(name), name) for name in FILES if name != TEST_RESULT),
     *((f"flip-{name}", _flip(name), name) for name in FILES),
     *((f"remove-{name}", _remove(name), name) for name in FILES),
     ("rename-weights", _rename("model.safetensors", "model-00001-of-00001.safetensors"), "model-00001-of-00001"),
@@ -161,7 +161,7 @@ MUTATIONS: list[tuple[str, Callable[[Path], None], str]] = [
     ("key-inside", _add("steelyard/me.pub.pem", "-----BEGIN PUBLIC KEY-----"), "steelyard/me.pub.pem"),
     ("swap-reports", _swap("steelyard/report.html", "steelyard/report.md"), "steelyard/report.html"),
     ("swap-evidence", _swap("steelyard/policy.json", "steelyard/battery.json"), "steelyard/policy.json"),
-    ("swap-seal", _swap(MANIFEST, STATEMENT), MANIFEST),
+    ("swap-seal", _swap(MANIFEST, TEST_RESULT), MANIFEST),
 ]
 
 
@@ -203,9 +203,9 @@ def test_an_empty_folder_and_no_folder(released: Released, tmp_path: Path) -> No
 
 def _reseal(bundle: Path, chain: Chain, key: str = "me", **changes: Any) -> None:
     """Make manifest and statement again over what lies there now, signed by a key; `changes` go into the facts."""
-    old = parse_test_result(read_envelope((bundle / STATEMENT).read_bytes(), STATEMENT)[0], STATEMENT)
+    old = parse_test_result(read_envelope((bundle / TEST_RESULT).read_bytes(), TEST_RESULT)[0], TEST_RESULT)
     (bundle / MANIFEST).unlink()
-    (bundle / STATEMENT).unlink()
+    (bundle / TEST_RESULT).unlink()
     manifest = _manifest(bundle)
     (bundle / MANIFEST).write_bytes(manifest)
     subjects = old.subjects | {
@@ -216,7 +216,7 @@ def _reseal(bundle: Path, chain: Chain, key: str = "me", **changes: Any) -> None
     payload = test_result(
         subjects=subjects, configuration=old.configuration, passed=old.predicate.passedTests, facts=facts
     )
-    (bundle / STATEMENT).write_bytes(sign(payload, load_signer(chain.keys, key, PASSPHRASE)))
+    (bundle / TEST_RESULT).write_bytes(sign(payload, load_signer(chain.keys, key, PASSPHRASE)))
 
 
 def test_resealing_alone_verifies(released: Released, bundle_copy: Copy) -> None:
@@ -231,18 +231,18 @@ def test_signed_again_with_another_key(released: Released, bundle_copy: Copy, tm
     _reseal(bundle, chain, key="thief")
     found = messages(chain.verify(bundle))
     assert len(found) == 1
-    assert found[0].startswith(STATEMENT)
+    assert found[0].startswith(TEST_RESULT)
     assert "none of yours" in found[0]
     assert chain.verify(bundle, keys=[chain.keys / "thief.pub.pem"]).ok
 
 
 def test_a_signature_swapped_in_from_another_release(released: Released, bundle_copy: Copy, chain: Chain) -> None:
     other, bundle = chain.bundle(run=chain.test(run=chain.root / "again")), bundle_copy()
-    shutil.copy(other / STATEMENT, bundle / STATEMENT)
-    assert any(message.startswith(STATEMENT) for message in messages(released[0].verify(bundle)))
-    good = json.loads((released[1] / STATEMENT).read_bytes())
-    good["signatures"] = json.loads((other / STATEMENT).read_bytes())["signatures"]
-    (bundle / STATEMENT).write_bytes(canonical_json(good))
+    shutil.copy(other / TEST_RESULT, bundle / TEST_RESULT)
+    assert any(message.startswith(TEST_RESULT) for message in messages(released[0].verify(bundle)))
+    good = json.loads((released[1] / TEST_RESULT).read_bytes())
+    good["signatures"] = json.loads((other / TEST_RESULT).read_bytes())["signatures"]
+    (bundle / TEST_RESULT).write_bytes(canonical_json(good))
     assert any("does not fit the statement" in message for message in messages(released[0].verify(bundle)))
 
 
@@ -426,8 +426,8 @@ def test_a_rotated_key_vouches_for_what_it_signed_before(released: Released, bun
         (MANIFEST, b"x" * 2_000_000),
         (MANIFEST, b'{"format": 1, "format": 1, "files": []}'),
         (MANIFEST, b'{"format": 2, "files": []}'),
-        (STATEMENT, b"[" * 100_000),
-        (STATEMENT, b"x" * 2_000_000),
+        (TEST_RESULT, b"[" * 100_000),
+        (TEST_RESULT, b"x" * 2_000_000),
         ("steelyard/journal.jsonl", b"{" * 3_000_000),
         ("steelyard/policy.json", b"[" * 3_000_000),
         ("steelyard/battery.json", b'{"a":' * 100_000),
@@ -471,7 +471,7 @@ def test_verifying_needs_no_torch(released: Released) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", [MANIFEST, STATEMENT, "config.json", "steelyard/journal.jsonl", REPORT])
+@pytest.mark.parametrize("name", [MANIFEST, TEST_RESULT, "config.json", "steelyard/journal.jsonl", REPORT])
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
 def test_what_never_ends_is_found_and_not_read(bundle_copy: Copy, released: Released, name: str, kind: str) -> None:
     bundle = bundle_copy()
