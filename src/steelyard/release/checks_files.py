@@ -16,6 +16,8 @@ from steelyard.model.headers import quote, refuse_unsafe_files
 from steelyard.release.layout import (
     FOLDERS,
     HOME,
+    HUB_FILE,
+    HUB_FILE_LIMIT,
     MANIFEST,
     MANIFEST_LIMIT,
     MAX_FILES,
@@ -142,7 +144,8 @@ def _check_list(folder: Path, manifest: Manifest, present: Mapping[str, int]) ->
             yield Finding("manifest", f"{MANIFEST}: does not list {name}")
     missing = [entry for name, entry in listed.items() if name not in present]
     renamed = {}
-    for name in sorted(name for name in present if name not in listed and name != MANIFEST and name not in SIGNING):
+    others = {MANIFEST, *SIGNING} | ({HUB_FILE} if present.get(HUB_FILE, 0) <= HUB_FILE_LIMIT else set())
+    for name in sorted(present.keys() - listed.keys() - others):
         origin = next((entry for entry in missing if entry.size == present[name]), None)
         if origin is not None and origin.sha256 == sha256_file(folder / name):
             renamed[name] = origin.path

@@ -46,6 +46,11 @@ COUNTERSIGNATURE = f"{HOME}/commitment.dsse.json"
 TIMESTAMP = f"{HOME}/commitment.tsr"
 SIGNING = (MODEL_SIGNATURE, TEST_RESULT, SUMMARY, *APPROVALS, COUNTERSIGNATURE, TIMESTAMP)
 
+# The Hub makes this in every repository, and it steers nothing: a copy from there may hold it, unlisted and unsigned.
+HUB_FILE = ".gitattributes"
+HUB_FILE_LIMIT = 100_000  # bytes
+UNSIGNED = (*SIGNING, HUB_FILE)  # what the model signature leaves out
+
 FOLDERS = (HOME, RESULTS_HOME)  # and no other
 EVIDENCE = (JOURNAL, BATTERY, POLICY, REPORT, f"{HOME}/report.html", f"{HOME}/report.md")
 DOCUMENTS = (EVAL_RESULTS, ML_BOM)
@@ -111,7 +116,7 @@ def manifest_bytes(folder: Path) -> bytes:
     files = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name == MANIFEST or name in SIGNING:
+        if name == MANIFEST or name in UNSIGNED:
             continue
         kind = kind_of(name)
         if kind is None:

@@ -160,9 +160,7 @@ def sign_model(
     if not _signed_by(parsed, signer.public_key):
         raise SteelyardError(f"{signature}: the signature just made does not verify: nothing was written")
     write_atomic(signature, parsed.raw)
-    return replace(
-        parsed.signature, key=parsed.signature.key or signer.public_key.keyid, keyid=signer.public_key.keyid
-    )
+    return replace(parsed.signature, key=parsed.signature.key or signer.public_key.keyid, keyid=signer.public_key.keyid)
 
 
 def write_signature(

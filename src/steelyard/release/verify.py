@@ -52,7 +52,7 @@ from steelyard.release.layout import (
     POLICY,
     PREDECESSOR,
     REPORT,
-    SIGNING,
+    UNSIGNED,
 )
 from steelyard.release.seen import see_contents, see_statements
 from steelyard.release.statements import (
@@ -282,14 +282,14 @@ def _model_root(work: _Work, files: Files, statements: Statements, progress: Pro
 
     if not work.sealed:
         try:
-            return model_root(work.folder, SIGNING, progress, hashes=files.hashes)
+            return model_root(work.folder, UNSIGNED, progress, hashes=files.hashes)
         except SteelyardError as error:
             work.findings.append(Finding("model", relative(error, work.folder)))
             return None
     if MODEL_SIGNATURE not in files.present:
         return None
     signature, findings = check_model_signature(
-        work.folder, work.folder / MODEL_SIGNATURE, work.trust.releasers, SIGNING, files.hashes
+        work.folder, work.folder / MODEL_SIGNATURE, work.trust.releasers, UNSIGNED, files.hashes
     )
     work.findings += findings
     if signature is None:

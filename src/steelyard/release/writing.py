@@ -37,9 +37,9 @@ from steelyard.release.layout import (
     POLICY,
     PREDECESSOR,
     REPORT,
-    SIGNING,
     SUMMARY,
     TEST_RESULT,
+    UNSIGNED,
     manifest_bytes,
 )
 from steelyard.release.statements import (
@@ -103,7 +103,7 @@ def write_candidate(
     )
     from steelyard.release.oms import model_root
 
-    common = release_subjects(subject.weights, model_root(folder, SIGNING, progress), sha256_hex(manifest))
+    common = release_subjects(subject.weights, model_root(folder, UNSIGNED, progress), sha256_hex(manifest))
     payload = test_result(
         subjects=tested_subjects(common, subject, evidence, sha256_file(folder / REPORT)),
         configuration=statement_configuration(evidence, policy),
@@ -151,7 +151,7 @@ def write_seals(
     )
     from steelyard.release.oms import sign_model
 
-    sign_model(folder, folder / MODEL_SIGNATURE, signer, SIGNING, found.oms, name=found.name)
+    sign_model(folder, folder / MODEL_SIGNATURE, signer, UNSIGNED, found.oms, name=found.name)
     payload = summary_payload(release_subjects(found.weights, found.oms, found.manifest), summary)
     (folder / SUMMARY).write_bytes(sign(payload, signer))
 
