@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.release.attest import SignatureError
-from steelyard.release.certificates import Authority, check_chain, load_authority, split_chain
+from steelyard.release.certificates import Authority, check_chain, load_authorities, split_chain
 from steelyard.release.oms import check_model_signature, sign_model
 
 THEN = datetime(2026, 6, 1, tzinfo=UTC)
@@ -34,7 +34,7 @@ def _der(*certificates: x509.Certificate) -> list[bytes]:
 
 
 def _trust(issuer: Issuer = ROOT, identity: str = ALICE) -> Authority:
-    return Authority(identity, (issuer.certificate,), "root.pem")
+    return Authority(issuer.certificate, identity)
 
 
 def _refused(*certificates: x509.Certificate, at: datetime | None = THEN, trust: Authority | None = None) -> str:
@@ -161,17 +161,17 @@ def test_what_is_no_certificate_is_refused(data: bytes) -> None:
 
 def test_an_authority_is_a_root_and_one_identity(tmp_path: Path) -> None:
     pem = ROOT.pem(tmp_path / "root.pem")
-    assert load_authority(pem, ALICE).roots == (ROOT.certificate,)
+    assert load_authorities(pem, ALICE) == (Authority(ROOT.certificate, ALICE),)
     for identity in ("alice", "", "alice@example.org\n", "ålice@example.org"):
         with pytest.raises(UsageError, match="a mail address or a URI"):
-            load_authority(pem, identity)
+            load_authorities(pem, identity)
     with pytest.raises(FormatError, match="no certificate of an authority"):
-        load_authority(write_chain(tmp_path / "own.pem", [OWN]), ALICE)
+        load_authorities(write_chain(tmp_path / "own.pem", [OWN]), ALICE)
     (tmp_path / "none.pem").write_text("nothing")
     with pytest.raises(FormatError, match="no certificates in PEM"):
-        load_authority(tmp_path / "none.pem", ALICE)
+        load_authorities(tmp_path / "none.pem", ALICE)
     with pytest.raises(SteelyardError, match=r"gone\.pem: No such file"):
-        load_authority(tmp_path / "gone.pem", ALICE)
+        load_authorities(tmp_path / "gone.pem", ALICE)
 
 
 def test_a_chain_to_sign_with_begins_with_the_signers_own(tmp_path: Path) -> None:

@@ -40,20 +40,19 @@ _PURPOSE = "a certificate for digital signatures (KeyUsage), for code signing wh
 
 @dataclass(frozen=True)
 class Authority:
-    """Whom the verifier trusts: who holds a certificate for `identity` that one of `roots` issued."""
+    """Whom the verifier trusts: who holds a certificate for `identity` that leads to the root `certificate`."""
 
+    certificate: x509.Certificate
     identity: str  # mail address or URI
-    roots: tuple[x509.Certificate, ...]
-    file: str = ""
 
 
-def load_authority(path: Path, identity: str) -> Authority:
+def load_authorities(path: Path, identity: str) -> tuple[Authority, ...]:
     """The roots in a PEM file, pinned for one identity. Raises FormatError, or UsageError for an identity that is
     neither a mail address nor a URI.
     """
     if not identity.isascii() or not identity.isprintable() or not (":" in identity or "@" in identity):
         raise UsageError(f"identity {identity[:80]!r}: a mail address or a URI is expected, as in the certificate")
-    roots = tuple(_certificates(path))
+    roots = _certificates(path)
     for root in roots:
         try:
             issues = root.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -61,7 +60,7 @@ def load_authority(path: Path, identity: str) -> Authority:
             issues = False
         if not issues:
             raise FormatError(f"{path}: {_subject(root)} is no certificate of an authority (CA): give its root")
-    return Authority(identity, roots, str(path))
+    return tuple(Authority(root, identity) for root in roots)
 
 
 def check_chain(
@@ -102,14 +101,14 @@ def check_chain(
     problem = ""
     for authority in mine:
         try:
-            _verifier(authority.roots, signed).verify(own, certificates[1:])
+            _verifier(authority.certificate, signed).verify(own, certificates[1:])
         except verification.VerificationError as error:
             problem = " ".join(str(error).split())[:300]
             continue
         key: Key = SSlibKey.from_crypto(public)
         return key, authority
-    pinned = ", ".join(authority.file or "the roots given" for authority in mine)
-    raise SignatureError(f"{where}: no chain from {_subject(own)} to {pinned}: {problem}")
+    pinned = ", ".join(_subject(authority.certificate) for authority in mine)
+    raise SignatureError(f"{where}: no chain from {_subject(own)} to the pinned {pinned}: {problem}")
 
 
 def read_certificate(der: bytes, where: str) -> x509.Certificate:
@@ -148,14 +147,14 @@ def split_chain(path: Path, key: Key, scratch: Path) -> tuple[Path, list[Path]]:
     return files[0], files[1:]
 
 
-def _verifier(roots: Sequence[x509.Certificate], at: datetime) -> verification.ClientVerifier:
+def _verifier(root: x509.Certificate, at: datetime) -> verification.ClientVerifier:
     """RFC 5280 path validation. What a signer's certificate may hold differs from a web server's: checked above."""
     own = verification.ExtensionPolicy.permit_all().require_present(
         x509.SubjectAlternativeName, verification.Criticality.AGNOSTIC, None
     )
     return (
         verification.PolicyBuilder()
-        .store(verification.Store(list(roots)))
+        .store(verification.Store([root]))
         .time(at)
         .max_chain_depth(MAX_CERTIFICATES)
         .extension_policies(ca_policy=verification.ExtensionPolicy.webpki_defaults_ca(), ee_policy=own)
