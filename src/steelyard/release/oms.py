@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from securesystemslib.dsse import Envelope
-from securesystemslib.exceptions import VerificationError
+from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
 from securesystemslib.signer import CryptoSigner, Key, Signature  # type: ignore[attr-defined]  # not re-exported
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
@@ -185,7 +185,8 @@ def write_signature(
         raise SteelyardError(f"{folder}: was changed: its root is {files_root(files)}, not {expected_root}")
     from model_signing import signing
 
-    config = signing.Config().set_hashing_config(_known(files, ignored, name or folder.name or "model"))
+    config = signing.Config()  # type: ignore[no-untyped-call]
+    config.set_hashing_config(_known(files, ignored, name or folder.name or "model"))
     with tempfile.TemporaryDirectory(prefix="steelyard-") as scratch:
         configure(config, Path(scratch))
         written = Path(scratch) / "model.sig"
@@ -207,11 +208,11 @@ def _known(files: Mapping[str, str], ignored: Sequence[str], name: str) -> Any:
     )
     items = [serialization.new_item(path, Digest("sha256", bytes.fromhex(sha))) for path, sha in files.items()]
 
-    class Known(hashing.Config):  # type: ignore[misc]  # the library's types are not checked
+    class Known(hashing.Config):
         def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
             return manifest.Manifest(name, items, serialization)
 
-    return Known()
+    return Known()  # type: ignore[no-untyped-call]
 
 
 class _readable_once:  # noqa: N801 (a context manager)
@@ -272,15 +273,22 @@ def check_model_signature(
             findings.append(Finding("ignored", f"{where}: ignores {name}, a file that must be signed"))
         if any(path == name or path.startswith(f"{name}/") for path in proven.files):
             findings.append(Finding("ignored", f"{where}: both signs and ignores {name}"))
-    return proven, findings + _check_files(folder, proven, where, hashes or {}, progress or Silent())
+    # The file cannot sign itself, whether it says so (as ours do) or not (as the library's before 1.1).
+    unsigned = {*proven.ignored, *({where} & set(allowed))}
+    return proven, findings + _check_files(folder, proven, unsigned, where, hashes or {}, progress or Silent())
 
 
 def _check_files(
-    folder: Path, proven: ModelSignature, where: str, hashes: Mapping[str, str], progress: Progress
+    folder: Path,
+    proven: ModelSignature,
+    unsigned: Set[str],
+    where: str,
+    hashes: Mapping[str, str],
+    progress: Progress,
 ) -> list[Finding]:
     """The folder's files against the signed ones."""
     present, findings = _plain_files(folder)
-    for name in set(proven.ignored) & present.keys():
+    for name in unsigned & present.keys():
         del present[name]
     found = _hashed(folder, present, hashes, progress)
     missing = {name: sha for name, sha in proven.files.items() if name not in found}
@@ -347,7 +355,7 @@ def _authentic(
 def _signed_by(parsed: ParsedSignature, key: Key) -> bool:
     if _p256(key) is None:
         return False
-    with suppress(VerificationError):
+    with suppress(UnverifiedSignatureError, VerificationError):
         pae = Envelope(parsed.payload, PAYLOAD_TYPE, {}).pae()
         key.verify_signature(Signature(key.keyid, parsed.sig.hex()), pae)
         return True
