@@ -45,8 +45,9 @@ def _thresholds(policy: Policy) -> Iterator[str]:
         margin = policy.predecessor.non_inferior.get(criterion.metric)
         worse = "" if margin is None else f", and at most {margin:.1%} worse than the predecessor"
         yield f"  {criterion.metric} under {criterion.max:.1%}{worse}"
-    yield f"  at most {policy.max_attempts} attempts, {policy.max_candidates} candidates, a report of"
-    yield f"  {policy.max_report_age_days:g} days; training data: {policy.training_data}, overlap {policy.max_overlap:.1%}"
+    yield f"  at most {policy.max_attempts} attempts and {policy.max_candidates} candidates"
+    yield f"  a report of at most {policy.max_report_age_days:g} days"
+    yield f"  training data: {policy.training_data}; at most {policy.max_overlap:.1%} of an axis in it"
 
 
 def _battery(commitment: Commitment, folder: Path) -> Battery:

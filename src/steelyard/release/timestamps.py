@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import re
 import ssl
 import time
 from collections.abc import Sequence
@@ -109,8 +110,9 @@ def check_timestamp(
     try:
         VerifierBuilder(roots=list(roots), nonce=nonce).build().verify_message(response, message)
     except VerificationError as error:
-        text = " ".join(str(error).split())[:200]
-        raise TimestampError(f"{where}: does not check against the authorities that are pinned: {text}") from error
+        raise TimestampError(
+            f"{where}: does not check against the authorities that are pinned: {_why(error)}"
+        ) from error
     except BaseException as error:
         raise _unreadable(error, where) from error
     return stamped
@@ -139,6 +141,13 @@ _HASHES = {
     "2.16.840.1.101.3.4.2.2": "sha384",
     "2.16.840.1.101.3.4.2.3": "sha512",
 }
+
+
+def _why(error: VerificationError) -> str:
+    """The library's reason; of a list of OpenSSL's errors the one that names it."""
+    text = " ".join(str(error).split())
+    named = re.findall(r'data: "Verify error: ?([^"]+)"', text) or re.findall(r'reason: "([^"]+)"', text)
+    return str(named[-1] if named else text)[:200]
 
 
 def _unreadable(error: BaseException, where: str) -> BaseException:
