@@ -24,6 +24,8 @@ from typing import Any, Literal
 
 from steelyard.base.canonical import sha256_hex
 from steelyard.ledger.ledger import Ledger
+from steelyard.release.licenses import parse_license
+from steelyard.release.writing import About
 from steelyard.safety.battery import Battery
 from steelyard.safety.policy import Policy
 from steelyard.scorers.base import Calibration, Canary, Item, Score, ScoreError, ScorerIdentity
@@ -36,6 +38,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PASSPHRASE = b"correct horse battery"
+ABOUT = About(license=parse_license("apache-2.0"))
 PEOPLE = ("alice", "bob", "carol", "dora", "eve")
 DISTINCT = {"throwaway": "refused", "distinct": True, "approvals": 2, "countersigned": False}
 SPECIALS = ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<pad>")
@@ -382,6 +385,7 @@ class Chain:
                 "signer": load_signer(self.keys, "me", PASSPHRASE),
                 "key": show_key(self.keys, "me"),
                 "out": out or self.root / "releases" / "tiny",
+                "about": ABOUT,
             }
             return write_bundle(**(arguments | changes)).bundle
 
@@ -429,7 +433,7 @@ class Chain:
 
         with self.ledger() as ledger:
             arguments = {"run": self.run, "model": self.model, "policy": self.policy, "ledger": ledger}
-            arguments |= {"out": out or self.root / "candidates" / "tiny", **self._with_key(by)}
+            arguments |= {"out": out or self.root / "candidates" / "tiny", "about": ABOUT, **self._with_key(by)}
             return attest(**(arguments | changes)).bundle
 
     def approve(self, candidate: Path, by: str, **changes: Any) -> Path:
