@@ -23,13 +23,16 @@ import pytest
 from forging import Forger, set_subject, signer_of, statement_of
 from scenario import DISTINCT, PASSPHRASE, Chain, edit_json, edit_lines, make_battery, make_policy
 
-from steelyard.base.canonical import canonical_json
+from steelyard.base.canonical import canonical_json, sha256_hex
 from steelyard.release.attest import sign, statement_bytes
+from steelyard.release.commitment import countersign
 from steelyard.release.keys import REVOCATION, ROTATION, load_public_key, new_key
 from steelyard.release.layout import (
     APPROVALS,
     BATTERY,
     CARD,
+    COMMITMENT,
+    COUNTERSIGNATURE,
     EVAL_RESULTS,
     HUB_FILE,
     JOURNAL,
@@ -90,11 +93,10 @@ def team(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The three releases. Read only."""
 
     def make(folder: Path) -> None:
-        chain = Chain.build(folder / "root", policies=[OWN])
-        chain.people()
+        chain = Chain.build(folder / "root", policies=[OWN], witness="eve")
         tiny = chain.candidate()
         other = chain.candidate(chain.root / "candidates" / "other")
-        run = chain.test(run=chain.root / "run-again")
+        run = chain.test(run=chain.root / "run-again", witness="eve")
         again = chain.candidate(chain.root / "again" / "tiny", run=run)
         for candidate in (tiny, other, again):
             for name in ("bob", "carol"):
@@ -340,6 +342,16 @@ def a_model_signature_of_another_releaser(c: Case) -> Any:
     return {"trust": c.trust(releasers=["dora.pub.pem", "frank.pub.pem"])}
 
 
+@case("which is none of the witnesses you pin")
+def a_witness_whom_the_verifier_does_not_know(c: Case) -> Any:
+    return {"trust": c.trust(witnesses=["frank.pub.pem"])}
+
+
+@case("a witness is another person")
+def an_evaluator_who_is_his_own_witness(c: Case) -> Any:
+    return {"trust": c.trust(evaluators=["alice.pub.pem", "eve.pub.pem"])}
+
+
 @case("does not fit the statement")
 def a_stranger_under_a_trusted_key_id(c: Case) -> None:
     keyid = signer_of(c.bundle / SUMMARY)
@@ -556,7 +568,7 @@ def a_policy_that_only_looks_the_same(c: Case) -> None:
 
 @case("is not the policy 'lenient' it is held to: keys.approvals")
 def a_policy_that_asks_fewer_people(c: Case) -> None:
-    edit_json(c.bundle / POLICY, lambda policy: policy["keys"].update(approvals=0, distinct=False))
+    edit_json(c.bundle / POLICY, lambda policy: policy["keys"].update(approvals=0, countersigned=False))
     c.forger.remake(c.bundle)
 
 
@@ -568,11 +580,6 @@ def a_policy_of_another_name(c: Case) -> None:
 @case("wants 3 approvals, here are 2")
 def a_verifiers_stricter_policy_of_the_same_name(c: Case) -> None:
     c.policy(keys=DISTINCT | {"approvals": 3})
-
-
-@case("before the first generation", "a-policy-that-wants-a-countersignature")
-def _(c: Case) -> None:
-    c.policy(keys=DISTINCT | {"countersigned": True})
 
 
 @case(f"{SUMMARY}: was given under another policy")
@@ -600,6 +607,64 @@ def a_test_result_under_another_policy(c: Case) -> None:
     c.forger.remake(c.bundle, change={TEST_RESULT: change})
 
 
+# -- the commitment --------------------------------------------------------------------------------------------------
+
+
+def countersigned(c: Case, by: str, seconds: float) -> None:
+    """Countersign the commitment again, have the journal's plan name that, and sign everything again."""
+    started = datetime.fromisoformat(statement_of(c.bundle / TEST_RESULT)["predicate"]["steelyard"]["started"])
+    commitment = (c.bundle / COMMITMENT).read_bytes()
+    envelope = countersign(commitment, c.forger.signer(by), started + timedelta(seconds=seconds))
+    (c.bundle / COUNTERSIGNATURE).write_bytes(envelope)
+
+    def begin(lines: list[bytes]) -> list[bytes]:
+        plan = json.loads(lines[0])
+        plan["countersigned"]["statement"] = sha256_hex(envelope)
+        return [canonical_json(plan), *lines[1:]]
+
+    edit_lines(c.bundle / JOURNAL, begin)
+    c.forger.remake(c.bundle)
+
+
+case("which is none of the witnesses you pin", "a-commitment-countersigned-by-a-stranger")(
+    lambda c: countersigned(c, "mallory", -1)
+)
+case("which is none of the witnesses you pin", "a-commitment-countersigned-by-the-evaluator")(
+    lambda c: countersigned(c, "alice", -1)
+)
+case("a commitment made afterwards proves nothing", "a-commitment-countersigned-after-the-run-began")(
+    lambda c: countersigned(c, "eve", 60)
+)
+case("its subject journal-root is not that of the bundle", "another-countersignature-by-the-same-witness")(
+    lambda c: countersigned(c, "eve", -1)
+)
+case("is not the one that the journal was begun with", "the-countersignature-of-another-run")(
+    taken("again", COUNTERSIGNATURE)
+)
+case("is not the one that the journal was begun with", "the-commitment-of-another-run")(
+    remade(lambda b: (b / COMMITMENT).write_bytes((b / COMMITMENT).read_bytes() + b" "))
+)
+case("is missing, but the journal was begun with it", "a-countersignature-removed")(
+    remade(lambda b: (b / COUNTERSIGNATURE).unlink())
+)
+
+
+@case("was added later, and proves nothing")
+def a_commitment_that_the_journal_does_not_know(c: Case) -> None:
+    def begin(lines: list[bytes]) -> list[bytes]:
+        return [canonical_json(json.loads(lines[0]) | {"countersigned": None}), *lines[1:]]
+
+    edit_lines(c.bundle / JOURNAL, begin)
+    c.forger.remake(c.bundle)
+
+
+@case("countersigned before the first generation")
+def no_commitment_where_the_policy_wants_one(c: Case) -> None:
+    for name in (COMMITMENT, COUNTERSIGNATURE):
+        (c.bundle / name).unlink()
+    a_commitment_that_the_journal_does_not_know(c)
+
+
 # -- what statements say ---------------------------------------------------------------------------------------------
 
 
@@ -608,8 +673,11 @@ def says(file: str, change: Callable[[Any], object]) -> Attempt:
     return lambda c: c.forger.remake(c.bundle, change={file: lambda s: change(s["predicate"])})
 
 
-case("says STEELYARD_COUNTERSIGNED, which does not hold", "a-summary-that-says-more")(
-    says(SUMMARY, lambda p: p["properties"].append("STEELYARD_COUNTERSIGNED"))
+case("says STEELYARD_APPROVALS_3, which does not hold", "a-summary-that-says-more")(
+    says(SUMMARY, lambda p: p["properties"].append("STEELYARD_APPROVALS_3"))
+)
+case("does not say STEELYARD_COUNTERSIGNED, which holds", "a-summary-that-hides-a-witness")(
+    says(SUMMARY, lambda p: p["properties"].remove("STEELYARD_COUNTERSIGNED"))
 )
 case("does not say STEELYARD_TOXICITY_PASSED, which holds", "a-summary-that-says-less")(
     says(SUMMARY, lambda p: p["properties"].remove("STEELYARD_TOXICITY_PASSED"))
@@ -659,7 +727,7 @@ def a_whole_bundle_of_format_1(c: Case) -> Any:
         del statement["predicate"]["steelyard"]["name"]
 
     c.forger.resign(c.bundle / TEST_RESULT, old)
-    lenient = DISTINCT | {"distinct": False, "approvals": 0}
+    lenient = DISTINCT | {"distinct": False, "approvals": 0, "countersigned": False}
     return {"trust": None, "keys": [c.keys / "alice.pub.pem"], "policy": str(c.policy(keys=lenient))}
 
 

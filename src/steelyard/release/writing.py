@@ -17,7 +17,7 @@ from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  
 
 from steelyard import __version__
 from steelyard.base.canonical import canonical_json, sha256_file, sha256_hex
-from steelyard.base.errors import FormatError, SteelyardError
+from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import fsync_folder
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.headers import read_json_object
@@ -51,8 +51,8 @@ from steelyard.release.layout import (
     UNSIGNED,
     manifest_bytes,
 )
-from steelyard.release.licenses import License
-from steelyard.release.lineage import Lineage, gather_lineage, read_card
+from steelyard.release.licenses import License, parse_license
+from steelyard.release.lineage import HUB_ID, Lineage, gather_lineage, read_card
 from steelyard.release.oms import model_root, sign_model
 from steelyard.release.statements import (
     Summary,
@@ -81,6 +81,23 @@ class About:
     license: License | None = None
     base_model: str | None = None
     repository: str | None = None
+
+
+def about_model(
+    license: str | None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    base_model: str | None = None,
+    repository: str | None = None,
+) -> About:
+    """`About` from what people write. Raises UsageError for a licence or Hub id that is none."""
+    if license is None and (license_name or license_link):
+        raise UsageError("license_name and license_link go with license: other")
+    for what, name in (("base_model", base_model), ("repository", repository)):
+        if name is not None and not HUB_ID.fullmatch(name):
+            raise UsageError(f"{what}: {name[:80]!r} is no id on the Hub: give org/name")
+    found = None if license is None else parse_license(license, license_name, license_link)
+    return About(found, base_model, repository)
 
 
 def write_candidate(
