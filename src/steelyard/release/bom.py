@@ -257,10 +257,10 @@ def _properties(report: Report, evidence: Evidence, policy: Policy, lineage: Lin
         "recipe": lineage.recipe,
         "recipe-digest": lineage.recipe_digest,
     }
-    made = [_property(key, one_line(value)) for key, value in known.items() if value is not None]
-    made += [_property("undeclared-data", one_line(value)) for value in lineage.undeclared]
-    return made + [_property(f"stage:{stage.kind}", one_line(f"{stage.key} {stage.about}")) for stage in lineage.stages]
+    made = [_property(key, value) for key, value in known.items() if value is not None]
+    made += [_property("undeclared-data", value) for value in lineage.undeclared]
+    return made + [_property(f"stage:{stage.kind}", f"{stage.key} {stage.about}") for stage in lineage.stages]
 
 
 def _property(name: str, value: str) -> Json:
-    return {"name": f"steelyard:{name}", "value": value}
+    return {"name": one_line(f"steelyard:{name}"), "value": one_line(value)}

@@ -11,6 +11,7 @@ from typing import Any
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import read_bounded
 from steelyard.base.strict import strict_json
+from steelyard.model.identity import is_model_file
 from steelyard.release.bom import BOM, BOM_LIMIT, performance_metrics
 from steelyard.release.card import BEGIN, END, is_ours, model_index, safety_summary
 from steelyard.release.eval_results import EVAL_RESULTS, eval_results
@@ -27,10 +28,19 @@ _SOURCE = re.compile(r"https://huggingface\.co/(?P<id>[^/]+/[^/]+)/blob/main/ste
 
 
 def check_claims(
-    folder: Path, evidence: Evidence, policy: Policy, criteria: Sequence[CriterionResult], report: Report
+    folder: Path,
+    evidence: Evidence,
+    policy: Policy,
+    criteria: Sequence[CriterionResult],
+    report: Report,
+    hashes: Mapping[str, str] | None = None,
 ) -> Iterator[Finding]:
     """Findings (code `claims`) for every number of ours that differs from the recomputed ones; `report` and `criteria`
-    are those that the verifier computed. Text and results of the maker's own are not judged."""
+    are those that the verifier computed; `hashes`, the SHA-256 of the folder's files, is what the bill of materials
+    must list. Text and results of the maker's own are not judged."""
+    if hashes is not None:
+        for text in _listed(folder, hashes):
+            yield Finding("claims", f"{BOM}: {text}")
     for name, check in ((CARD, _card), (EVAL_RESULTS, _results), (BOM, _bom)):
         try:
             for text in check(folder, evidence, policy, criteria, report):
@@ -84,6 +94,21 @@ def _bom(
     metrics = _at(model, "modelCard", "quantitativeAnalysis", "performanceMetrics")
     if metrics != performance_metrics(report, criteria, evidence.battery):
         yield "its performance metrics are not those that the journal gives"
+
+
+def _listed(folder: Path, hashes: Mapping[str, str]) -> Iterator[str]:
+    try:
+        bom = strict_json(read_bounded(folder / BOM, BOM_LIMIT), BOM, limit=BOM_LIMIT)
+    except (SteelyardError, OSError):
+        return  # `_bom` says why
+    found = _at(bom, "metadata", "component", "components")
+    expected = [
+        {"type": "file", "bom-ref": f"file:{name}", "name": name, "hashes": [{"alg": "SHA-256", "content": sha}]}
+        for name, sha in sorted(hashes.items())
+        if is_model_file(name) and name != CARD
+    ]
+    if found != expected:
+        yield "its list of the model's files is not what lies in the folder"
 
 
 def _at(value: Any, *keys: str) -> Any:
