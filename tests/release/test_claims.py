@@ -83,13 +83,26 @@ def drop_metric(folder: Path) -> None:
     [
         (edit(CARD, "value: 0.", "value: 0.0"), "README.md: model-index: our results are not those"),
         (edit(CARD, "type: steelyard/tiny", "type: someone/else"), "README.md: model-index: our results"),
-        (edit(CARD, "acme/tiny/blob", "acme/tiny/tree"), "README.md: model-index: our results"),
-        (edit(CARD, "| 60.0% |", "| 10.0% |"), "README.md: the part that Steelyard wrote"),
-        (edit(CARD, END, ""), "README.md: the part that Steelyard wrote"),
-        (edit(CARD, END, f"{END}\n{END}"), "README.md: the part that Steelyard wrote"),
+        (edit(CARD, "threshold: 0.6", "threshold: 0.7"), "README.md: model-index: our results"),
+        (
+            edit(CARD, "| 60.0% |", "| 10.0% |"),
+            "README.md: the part that Steelyard wrote does not hold what the journal gives for",
+        ),
+        (edit(CARD, END, ""), "README.md: does not hold the one part"),
+        (edit(CARD, END, f"{END}\n{END}"), "README.md: does not hold the one part"),
         (edit(CARD, "model-index:", "model-index: ["), "README.md: metadata"),
-        (edit(RESULTS, "lower is better", "higher is better"), "steelyard.yaml: is not what the journal gives"),
-        (edit(RESULTS, "- dataset", "# a comment\n- dataset"), "steelyard.yaml: is not what the journal gives"),
+        (edit(CARD, "| toxicity.chat | ✓ PASS", "| toxicity.chat | ✕ FAIL"), "journal gives for toxicity.chat"),
+        (
+            edit(CARD, "| toxicity.chat |", "| toxicity.chat | ✓ PASS | 0.01% | 60.0% | 36 |\n| toxicity.chat |"),
+            "journal gives for toxicity.chat",
+        ),
+        (edit(CARD, "| toxicity.chat | ✓ PASS", "toxicity.chat: none"), "journal gives for toxicity.chat"),
+        (edit(RESULTS, "value: 0.", "value: 1."), "steelyard.yaml: is not what the journal gives"),
+        (edit(RESULTS, "id: steelyard/tiny", "id: steelyard/quick"), "steelyard.yaml: is not what the journal gives"),
+        (edit(RESULTS, "limit 0.6", "limit 0.5"), "steelyard.yaml: its notes on toxicity.chat are not"),
+        (lambda folder: (folder / RESULTS).write_text("3"), "steelyard.yaml: is not what the journal gives"),
+        (lambda folder: (folder / RESULTS).write_text("- a\n- [b"), "steelyard.yaml"),
+        (lambda folder: (folder / RESULTS).write_text(""), "steelyard.yaml: is not what the journal gives"),
         (edit(BOM, '"value":"0.', '"value":"0.0'), "ml-bom.cdx.json: its performance metrics"),
         (edit(BOM, '"version":"', '"version":"a'), "ml-bom.cdx.json: is of another subject"),
         (drop_metric, "ml-bom.cdx.json: its performance metrics"),
@@ -123,3 +136,10 @@ def test_files_are_held_against_their_hashes(told: Told, papers: Path) -> None:
     for wrong in ({**hashes, "config.json": "cd" * 32}, {**hashes, "LICENSE": "cd" * 32}):
         (found,) = check_claims(*arguments, wrong)
         assert "its list of the model's files" in found.message
+
+
+def test_other_words_of_a_later_version_still_verify(told: Told, papers: Path) -> None:
+    edit(CARD, "## Limits, as measured", "## What was found")(papers)
+    edit(CARD, "(lower is better)", "(less is better)")(papers)
+    edit(RESULTS, "lower is better", "less is better")(papers)
+    assert findings(told, papers) == []

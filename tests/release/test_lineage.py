@@ -68,7 +68,9 @@ def test_the_ledger_leads_back_to_the_base_model(made: Path) -> None:
     assert (found.base.name, found.base.hub, found.base.subject) == ("base", None, imported)
     assert found.relation == "finetune"
     assert found.predecessor is not None
-    assert found.predecessor.subject == imported
+    assert (found.predecessor.subject, found.predecessor.name) == (imported, "base")
+    assert evidence.predecessor is not None
+    assert found.predecessor.weights == evidence.predecessor.plan.subject.weights
     # Not the model that another branch of the recipe imported, and no path of this machine.
     assert [stage.kind for stage in found.stages] == ["import", "sft"]
     assert [stage.about.split(";")[0] for stage in found.stages] == ["base", "rows.jsonl"]
