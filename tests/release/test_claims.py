@@ -121,7 +121,7 @@ def test_what_was_edited_is_named(told: Told, papers: Path, change: Callable[[Pa
 
 
 def test_another_runs_papers_do_not_fit(told: Told, papers: Path) -> None:
-    report = told.report.model_copy(update={"subject_digest": "ab" * 32})
+    report = told.report.model_copy(update={"subject_digest": "01" * 32})
     found = list(check_claims(papers, told.evidence, told.chain.policy, told.decision.criteria, report))
     assert {one.message.split(":")[0] for one in found} == {CARD, BOM}
     assert json.loads((papers / BOM).read_bytes())["metadata"]["component"]["version"] == told.decision.subject
