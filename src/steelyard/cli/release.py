@@ -38,9 +38,7 @@ BaseModel = Annotated[str | None, typer.Option(help="The base model's id on the 
 Repository = Annotated[str | None, typer.Option(help="The id on the Hub that it will have, for the model card.")]
 Certificates = Annotated[
     Path | None,
-    typer.Option(
-        help="PEM: your certificate, then those between it and the root that others pin.", callback=existing_file
-    ),
+    typer.Option(help="PEM: your certificate, then those up to the root that others pin.", callback=existing_file),
 ]
 Sigstore = Annotated[
     bool, typer.Option("--sigstore", help="Have Sigstore sign the files instead of the key (needs the network).")
