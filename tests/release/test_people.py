@@ -159,8 +159,9 @@ def test_a_failure_on_the_way_leaves_nothing_and_can_be_repeated(
 def certified(chain: Chain, name: str, issuer: Any, identity: str, **changes: Any) -> Signing:
     """A certificate for a person's key."""
     public = load_pem_public_key((chain.keys / f"{name}.pub.pem").read_bytes())
-    own = issuer.certify(public, names=[RFC822Name(identity)], **changes)
-    return Signing(write_chain(chain.keys / f"{name}.chain.pem", [own]))
+    between = issuer.issuer("Example Issuing CA")
+    own = between.certify(public, names=[RFC822Name(identity)], **changes)
+    return Signing(write_chain(chain.keys / f"{name}.chain.pem", [own, between.certificate]))
 
 
 def test_people_by_their_certificates(chain: Chain) -> None:
