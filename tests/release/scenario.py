@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
@@ -24,6 +25,8 @@ from typing import Any, Literal
 
 from steelyard.base.canonical import sha256_hex
 from steelyard.ledger.ledger import Ledger
+from steelyard.release.licenses import parse_license
+from steelyard.release.writing import About
 from steelyard.safety.battery import Battery
 from steelyard.safety.policy import Policy
 from steelyard.scorers.base import Calibration, Canary, Item, Score, ScoreError, ScorerIdentity
@@ -36,6 +39,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PASSPHRASE = b"correct horse battery"
+ABOUT = About(license=parse_license("apache-2.0"))
+PEOPLE = ("alice", "bob", "carol", "dora", "eve")
+DISTINCT = {"throwaway": "refused", "distinct": True, "approvals": 2, "countersigned": True}
 SPECIALS = ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<pad>")
 
 
@@ -246,7 +252,7 @@ def policy_dict(*, maximum: float = 0.6, **changes: Any) -> dict[str, Any]:
         "max_overlap": 0.2,
         "scorers": {"toxicity": [], "refusal": []},
         "predecessor": {"first_release": "allowed"},
-        "keys": {"throwaway": "allowed", "distinct": False, "countersigned": False},
+        "keys": {"throwaway": "allowed", "distinct": False, "approvals": 0, "countersigned": False},
     }
     return base | changes
 
@@ -308,15 +314,18 @@ class Chain:
         battery: Battery | None = None,
         policies: Sequence[Policy] | None = None,
         throwaway: bool = False,
+        witness: str | None = None,
         **model: Any,
     ) -> Chain:
-        """Make all of it, the run included."""
+        """Make all of it, the run included; `witness`, one of PEOPLE, countersigns it before it begins."""
         from steelyard.release.keys import new_key
 
         chain = cls(root, battery or make_battery(), tuple(policies or [make_policy()]))
         make_model(chain.model, **model)
         new_key(chain.keys, "me", PASSPHRASE, throwaway=throwaway)
-        chain.test()
+        if witness is not None:
+            chain.people()
+        chain.test(witness=witness)
         return chain
 
     def test(
@@ -328,11 +337,15 @@ class Chain:
         endpoint: Any = None,
         predecessor: Path | None = None,
         its_endpoint: Any = None,
+        witness: str | None = None,
     ) -> Path:
         """Run the battery on the model, beside `predecessor`; gives the run folder. `endpoint` answers in the model's
-        place, `its_endpoint` in the predecessor's."""
+        place, `its_endpoint` in the predecessor's; `witness` countersigns what is committed before it begins."""
         from steelyard.inference.local import LocalEndpoint
         from steelyard.model.identity import subject_of
+        from steelyard.release.commitment import countersign, looking_for
+        from steelyard.release.keys import load_signer
+        from steelyard.safety.pause import COMMITMENT, COUNTERSIGNATURE, Paused
         from steelyard.safety.run import Job, Tested, run_battery
         from steelyard.safety.shipped import shipped_sampling
 
@@ -348,7 +361,14 @@ class Chain:
             scorers=dict(scorers or {"toxicity": toxicity(), "refusal": refusal()}),
         )
         with self.ledger() as ledger:
-            run_battery(job, out=run, ledger=ledger)
+            if witness is None:
+                run_battery(job, out=run, ledger=ledger)
+                return run
+            signer = load_signer(self.keys, witness, PASSPHRASE)
+            with suppress(Paused):
+                run_battery(job, out=run, ledger=ledger, countersign=looking_for())
+            (run / COUNTERSIGNATURE).write_bytes(countersign((run / COMMITMENT).read_bytes(), signer))
+            run_battery(job, out=run, ledger=ledger, countersign=looking_for([signer.public_key]))
         return run
 
     def decide(self, **changes: Any) -> Any:
@@ -380,15 +400,75 @@ class Chain:
                 "signer": load_signer(self.keys, "me", PASSPHRASE),
                 "key": show_key(self.keys, "me"),
                 "out": out or self.root / "releases" / "tiny",
+                "about": ABOUT,
             }
             return write_bundle(**(arguments | changes)).bundle
 
     def verify(self, bundle: Path, **changes: Any) -> Any:
-        """What a stranger with our public key and policy file sees."""
+        """What a stranger with our public key (or `trust`) and policy file sees."""
         from steelyard.release.verify import verify_bundle
 
-        arguments: dict[str, Any] = {"keys": [self.public], "policy": str(self.policy_file)}
+        arguments: dict[str, Any] = {"policy": str(self.policy_file)}
+        if "trust" not in changes:
+            arguments["keys"] = [self.public]
         return verify_bundle(bundle, **(arguments | changes))
+
+    # Several people: alice evaluates, bob and carol approve, dora releases, eve is a witness.
+
+    def people(self, **changes: Any) -> Path:
+        """Make their keys, and a trust file that pins them (`changes` replace parts of it); gives its path."""
+        from steelyard.release.keys import new_key
+
+        for name in PEOPLE:
+            if not (self.keys / f"{name}.pub.pem").exists():
+                new_key(self.keys, name, PASSPHRASE)
+        self.policy_file.replace(self.keys / "verifier.json")
+        trust: dict[str, Any] = {
+            "format": 1,
+            "policy": "verifier.json",
+            "evaluators": ["alice.pub.pem"],
+            "approvers": ["bob.pub.pem", "carol.pub.pem"],
+            "approvals": 2,
+            "releasers": ["dora.pub.pem"],
+            "witnesses": ["eve.pub.pem"],
+            "withdrawal": {"signers": ["dora.pub.pem", "bob.pub.pem"], "quorum": 2},
+        }
+        path = self.keys / "trust.yaml"
+        path.write_text(json.dumps({key: value for key, value in (trust | changes).items() if value is not None}))
+        return path
+
+    def _with_key(self, name: str) -> dict[str, Any]:
+        from steelyard.release.keys import load_signer, show_key
+
+        return {"signer": load_signer(self.keys, name, PASSPHRASE), "key": show_key(self.keys, name)}
+
+    def candidate(self, out: Path | None = None, by: str = "alice", **changes: Any) -> Path:
+        """What the evaluator attests."""
+        from steelyard.release.bundle import attest
+
+        with self.ledger() as ledger:
+            arguments = {"run": self.run, "model": self.model, "policy": self.policy, "ledger": ledger}
+            arguments |= {"out": out or self.root / "candidates" / "tiny", "about": ABOUT, **self._with_key(by)}
+            return attest(**(arguments | changes)).bundle
+
+    def approve(self, candidate: Path, by: str, **changes: Any) -> Path:
+        """An approval of one person."""
+        from steelyard.release.bundle import approve
+        from steelyard.release.trust import load_trust
+
+        arguments = {"trust": load_trust(self.keys / "trust.yaml"), **self._with_key(by)}
+        return approve(candidate, **(arguments | changes))
+
+    def seal(self, candidate: Path, out: Path | None = None, by: str = "dora", **changes: Any) -> Path:
+        """The releaser's part."""
+        from steelyard.release.bundle import seal
+        from steelyard.release.trust import load_trust
+
+        out = out or self.root / "sealed" / candidate.name
+        with self.ledger() as ledger:
+            arguments = {"trust": load_trust(self.keys / "trust.yaml"), "ledger": ledger, **self._with_key(by)}
+            seal(candidate, out, **(arguments | changes))
+        return out
 
     def copy(self, root: Path) -> Chain:
         """A copy to damage."""
