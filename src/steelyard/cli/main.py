@@ -12,7 +12,21 @@ import typer
 
 from steelyard.base.errors import SteelyardError
 from steelyard.base.threads import choose_waiting
-from steelyard.cli import chat, doctor, key, ledger, measure, model, published, release, run, safety, scorer, train
+from steelyard.cli import (
+    chat,
+    doctor,
+    key,
+    ledger,
+    measure,
+    model,
+    publish,
+    published,
+    release,
+    run,
+    safety,
+    scorer,
+    train,
+)
 from steelyard.cli.output import one_line
 
 app = typer.Typer(
@@ -28,6 +42,7 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("release")(release.release)
 app.command("verify")(release.verify)
+app.command("publish")(publish.publish)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(safety.app, name="safety")
