@@ -73,12 +73,12 @@ class Remote:
 class HubClient:
     """One repository (ORG/NAME) on the Hub; a context manager. Raises HubError, in words, for whatever goes wrong."""
 
-    def __init__(self, repository: str, progress: Progress, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, repository: str, progress: Progress) -> None:
         try:
             import huggingface_hub
         except ImportError:
             raise require_extra("huggingface_hub", "models") from None
-        self.repository, self._progress, self._sleep = repository, progress, sleep
+        self.repository, self._progress = repository, progress
         self._hub = huggingface_hub
         # Read here, not at the library's import: a process may set it later.
         self.endpoint = (os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT).rstrip("/")
@@ -197,7 +197,7 @@ class HubClient:
 
     def pause(self, attempt: int, asked: float | None = None) -> None:
         """Wait before the next try, as long as the Hub asks for."""
-        self._sleep(min(LONGEST_WAIT, asked if asked is not None else 2.0**attempt))
+        time.sleep(min(LONGEST_WAIT, asked if asked is not None else 2.0**attempt))
 
     def _call(
         self, what: str, action: Callable[[], Result], *, attempts: int = ATTEMPTS, library_tries: bool = False

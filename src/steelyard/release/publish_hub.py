@@ -110,7 +110,7 @@ def _batches(files: Sequence[ReleaseFile]) -> Iterator[list[ReleaseFile]]:
 
 
 def _send(client: HubClient, files: Sequence[ReleaseFile], message: str, release: Release) -> None:
-    """Commit those of `files` that are not there. After a failure it is looked at again: the answer may have been lost."""
+    """Commit those of `files` that are not there. After a failure look again: only the answer may have been lost."""
     for attempt in range(ATTEMPTS):
         remote = _found(client)
         missing = _missing(remote, files)
