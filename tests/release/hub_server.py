@@ -153,8 +153,8 @@ class HubServer:
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, text: str, code: str | None = None) -> None:
-        self.status, self.text, self.code = status, text, code
+    def __init__(self, status: int, text: str, code: str | None = None, **more: str) -> None:
+        self.status, self.text, self.code, self.more = status, text, code, more
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -188,14 +188,14 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer({"error": fault.text}, fault.status, fault.headers)
             if fault is not None and fault.kind == "ignore":
                 self.rfile.read(self.left)
-                return self.answer({"commitUrl": "x", "commitOid": "0" * 40})
+                return self.answer({"commitUrl": f"{self.hub.url}/org/x/commit/{'0' * 40}", "commitOid": "0" * 40})
             if fault is not None and fault.kind == "slow":
                 time.sleep(fault.seconds)
             self.dispatch(lost=fault is not None and fault.kind == "lost")
         except _RefusedError as refused:
             self.rfile.read(self.left)
             headers = {"X-Error-Message": refused.text} | ({"X-Error-Code": refused.code} if refused.code else {})
-            self.answer({"error": refused.text}, refused.status, headers)
+            self.answer({"error": refused.text} | refused.more, refused.status, headers)
         except (ConnectionError, TimeoutError):
             self.hang_up()
 
@@ -277,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.json()
         name = f"{wanted['organization']}/{wanted['name']}"
         if name in self.hub.repositories:
-            raise _RefusedError(409, "You already created this model repo")
+            raise _RefusedError(409, "You already created this model repo", url=f"{self.hub.url}/{name}")
         if wanted["organization"] not in ("org", "alice"):
             raise _RefusedError(403, "You don't have the rights to create a model under this namespace")
         made = Repository(private=wanted.get("visibility") == "private" or bool(wanted.get("private")))

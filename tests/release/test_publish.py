@@ -158,15 +158,15 @@ def test_a_changed_file_never_arrives_whole(tmp_path: Path) -> None:
 
 def test_a_part_that_changes_between_two_tries_is_seen(tmp_path: Path) -> None:
     """The first try's bytes were right; those of the second, which count, are not."""
-    data = b"a" * 1000
+    data = b"a" * 1_000_000  # more than is read ahead
     file = verified(tmp_path / "x", data)
-    assert file.read(500) == data[:500]
-    (tmp_path / "x").write_bytes(b"b" * 500 + b"a" * 500)
+    assert file.read(500_000) == data[:500_000]
+    (tmp_path / "x").write_bytes(b"b" * 500_000 + b"a" * 500_000)
     file.seek(0)
-    file.read(500)
-    file.seek(500)
+    file.read(500_000)
+    file.seek(500_000)
     with pytest.raises(SteelyardError, match="was changed"):
-        file.read(500)
+        file.read(500_000)
 
 
 def test_an_empty_file_and_a_link(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def publish(
     if trust is not None:
         held["trust"] = trust
     if withdrawn is not None:
-        held["withdrawn"] = withdrawn
+        held |= {"withdrawn": withdrawn, "state": workspace / "lists.json"}
 
     def check(folder: Path) -> Verification:
         return verify_bundle(folder, progress=progress, **held)

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -84,6 +86,7 @@ class HubClient:
         self.endpoint = (os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT).rstrip("/")
         self._api = huggingface_hub.HfApi(endpoint=self.endpoint)
         self._token: str | None = None
+        self._quiet = ExitStack()
 
     def __enter__(self) -> HubClient:
         session = self._hub.get_session()
@@ -95,14 +98,20 @@ class HubClient:
 
         self._before = lambda: kind(event_hooks={"request": request}, follow_redirects=True, timeout=None)
         self._hub.set_client_factory(limited)
-        self._verbosity = self._hub.utils.logging.get_verbosity()
-        self._hub.utils.logging.set_verbosity(self._hub.utils.logging.CRITICAL)
+        quiet = self._hub.utils.logging
+        self._quiet.callback(quiet.set_verbosity, quiet.get_verbosity())
+        quiet.set_verbosity(logging.CRITICAL)
+        if not self._hub.utils.are_progress_bars_disabled():
+            self._hub.utils.disable_progress_bars()
+            self._quiet.callback(self._hub.utils.enable_progress_bars)
+        self._quiet.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
         self._token = self._call("read the token", self._hub.get_token)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hub.utils.logging.set_verbosity(self._verbosity)
         self._hub.set_client_factory(self._before)
+        self._quiet.close()
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -121,15 +130,24 @@ class HubClient:
             if error.status == 404 or (error.status == 401 and self._token is not None):
                 return None  # the Hub answers 401 for what is not there; the token itself was accepted by whoami
             raise
-        files = self._call("list the files", lambda: self._tree(info.sha), library_tries=True)
+        head = info.sha
+        if head is None:
+            raise HubError(f"hf://{self.repository}: the Hub names no commit of it: see whether it is a model")
+        files = self.files(head)
         refs = self._call("list the tags", lambda: self._api.list_repo_refs(self.repository))
         tags = {tag.name: tag.target_commit for tag in refs.tags}
-        return Remote(info.sha, files, bool(info.private), info.gated or None, tags)
+        return Remote(head, files, bool(info.private), info.gated or None, tags)
+
+    def files(self, commit: str) -> Mapping[str, RemoteFile]:
+        """The files of a commit, by path."""
+        return self._call("list the files", lambda: self._tree(commit), library_tries=True)
 
     def _tree(self, commit: str) -> dict[str, RemoteFile]:
+        from huggingface_hub.hf_api import RepoFile
+
         found = {}
         for entry in self._api.list_repo_tree(self.repository, recursive=True, revision=commit):
-            if hasattr(entry, "blob_id"):
+            if isinstance(entry, RepoFile):
                 large = entry.lfs.sha256 if entry.lfs is not None else None
                 found[entry.path] = RemoteFile(entry.size, entry.blob_id, large)
         return found
@@ -231,7 +249,7 @@ class HubClient:
 
     def _in_words(self, what: str, error: BaseException, status: int | None) -> str:
         name = self.repository
-        said = getattr(_of_kind(error, self._hub.errors.HfHubHTTPError), "server_message", None) or ""
+        said = next((text for cause in _chain(error) if (text := getattr(cause, "server_message", None))), "")
         remedy = {
             401: "the token is not accepted: log in with `hf auth login`, or set HF_TOKEN to a token that may write",
             403: f"the token may not do this: it needs write access to {name.split('/')[0]}",

@@ -8,12 +8,12 @@ but parts of this very release is refused: what is published is never overwritte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from steelyard.base.errors import SteelyardError
 from steelyard.base.progress import Progress
 from steelyard.model.headers import quote
-from steelyard.release.hub_client import ATTEMPTS, HubClient, HubError, Remote
+from steelyard.release.hub_client import ATTEMPTS, HubClient, HubError, Remote, RemoteFile
 from steelyard.release.publish import Gated, Published, Release, ReleaseFile
 
 HUBS_OWN = frozenset({".gitattributes"})  # made by the Hub in every repository
@@ -35,7 +35,10 @@ def publish_hub(
         client.create()
         remote = _found(client)
     _refuse_other(remote, release, where)
-    already = not _missing(remote, release.files)
+    already = not _missing(remote.files, release.files)
+    commit = remote.tags.get(release.tag)
+    if commit is not None and _missing(client.files(commit), release.files):
+        raise SteelyardError(f"{where}: the tag {release.tag} is there, on another content: remove the tag")
     _set_access(client, remote, gated, private or remote.private)
     if not already:
         for batch in _batches(release.content):
@@ -43,19 +46,18 @@ def publish_hub(
         # Only what is on the Hub counts: all of the content as verified, and nothing besides.
         remote = _found(client)
         _refuse_other(remote, release, where)
-        if missing := _missing(remote, release.content):
+        if missing := _missing(remote.files, release.content):
             raise SteelyardError(f"{where}: the Hub did not keep {quote(missing[0].path)}: publish again")
         _send(client, release.signing, f"Sign the release {release.name}, manifest {release.manifest}", release)
         remote = _found(client)
         _refuse_other(remote, release, where)
-        if missing := _missing(remote, release.files):
+        if missing := _missing(remote.files, release.files):
             raise SteelyardError(f"{where}: the Hub did not keep {quote(missing[0].path)}: publish again")
-    commit = remote.tags.get(release.tag)
     if commit is None:
         client.tag(release.tag, remote.head, f"Steelyard release {release.name}: manifest SHA-256 {release.manifest}")
         commit = _found(client).tags.get(release.tag)
         if commit != remote.head:
-            raise SteelyardError(f"{where}: the tag {release.tag} names {commit}, not {remote.head}: remove the tag")
+            raise SteelyardError(f"{where}: the Hub did not keep the tag {release.tag}: publish again")
     _set_access(client, _found(client), gated, private)
     return Published(where, release.name, release.manifest, already, commit, release.tag)
 
@@ -67,9 +69,9 @@ def _found(client: HubClient) -> Remote:
     return remote
 
 
-def _missing(remote: Remote, files: Sequence[ReleaseFile]) -> list[ReleaseFile]:
-    """Those of `files` that are not there."""
-    return [file for file in files if file.path not in remote.files or not remote.files[file.path].holds(file)]
+def _missing(there: Mapping[str, RemoteFile], files: Sequence[ReleaseFile]) -> list[ReleaseFile]:
+    """Those of `files` that are not `there`."""
+    return [file for file in files if file.path not in there or not there[file.path].holds(file)]
 
 
 def _refuse_other(remote: Remote, release: Release, where: str) -> None:
@@ -113,7 +115,7 @@ def _send(client: HubClient, files: Sequence[ReleaseFile], message: str, release
     """Commit those of `files` that are not there. After a failure look again: only the answer may have been lost."""
     for attempt in range(ATTEMPTS):
         remote = _found(client)
-        missing = _missing(remote, files)
+        missing = _missing(remote.files, files)
         if not missing:
             return
         if attempt:
