@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from publishing import There, listing, to_damage
 from scenario import Chain
 
 from steelyard.base.canonical import sha256_file, sha256_hex
@@ -31,10 +32,8 @@ from steelyard.release.publish_folder import publish_folder
 
 
 @pytest.fixture
-def there(released: tuple[Chain, Path], tmp_path: Path) -> tuple[Chain, Path]:
-    """A chain and its bundle, both to damage."""
-    chain = released[0].copy(tmp_path / "chain")
-    return chain, chain.root / "releases" / "tiny"
+def there(released: There, tmp_path: Path) -> There:
+    return to_damage(released, tmp_path / "chain")
 
 
 def checker(chain: Chain) -> Callable[[Path], Any]:
@@ -44,10 +43,6 @@ def checker(chain: Chain) -> Callable[[Path], Any]:
 def publish_to(chain: Chain, bundle: Path, to: Path | str, **more: Any) -> Published:
     with chain.ledger() as ledger:
         return publish(bundle, str(to), ledger=ledger, **({"check": checker(chain)} | more))
-
-
-def listing(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
 class Counting(Silent):
@@ -106,7 +101,7 @@ def test_wrong_destinations_are_usage_errors(to: str, recipient: str | None) -> 
         parse_destination(to, recipient)
 
 
-def test_a_folder_has_no_hub_settings(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_a_folder_has_no_hub_settings(there: There, tmp_path: Path) -> None:
     for more in ({"gated": "auto"}, {"private": True}):
         with pytest.raises(UsageError, match="settings of a repository"):
             publish_to(*there, tmp_path / "out", **more)
@@ -178,7 +173,7 @@ def test_an_empty_file_and_a_link(tmp_path: Path) -> None:
         VerifiedFile(replace(file.file, source=tmp_path / "link", size=1)).read()
 
 
-def test_nothing_is_published_that_does_not_verify(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_nothing_is_published_that_does_not_verify(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     (bundle / "config.json").write_bytes((bundle / "config.json").read_bytes() + b" ")
     with pytest.raises(SteelyardError, match=r"does not verify, so nothing is published: config\.json"):
@@ -188,19 +183,19 @@ def test_nothing_is_published_that_does_not_verify(there: tuple[Chain, Path], tm
         assert not ledger.events("release.publishing")
 
 
-def test_nothing_is_published_under_another_policy(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_nothing_is_published_under_another_policy(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     with pytest.raises(SteelyardError, match="nothing is published"):
         publish_to(chain, bundle, tmp_path / "out", check=lambda folder: chain.verify(folder, policy="preview"))
 
 
-def test_a_bundle_that_is_none(tmp_path: Path, there: tuple[Chain, Path]) -> None:
+def test_a_bundle_that_is_none(tmp_path: Path, there: There) -> None:
     (tmp_path / "none" / "steelyard").mkdir(parents=True)
     with pytest.raises(SteelyardError, match=r"manifest\.json"):
         publish_to(there[0], tmp_path / "none", tmp_path / "out")
 
 
-def test_a_signature_swapped_while_it_is_verified(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_a_signature_swapped_while_it_is_verified(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     signing = next(iter(sorted((bundle / "steelyard").glob("*.dsse.json"))))
 
@@ -216,7 +211,7 @@ def test_a_signature_swapped_while_it_is_verified(there: tuple[Chain, Path], tmp
 # -- to a folder -----------------------------------------------------------------------------------------------------
 
 
-def test_to_a_folder(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_to_a_folder(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     out = tmp_path / "site" / "tiny"
     done = publish_to(chain, bundle, out)
@@ -238,7 +233,7 @@ def test_to_a_folder(there: tuple[Chain, Path], tmp_path: Path) -> None:
     assert started.payload["started"] <= finished.payload["finished"]
 
 
-def test_once_more_is_nothing_to_do(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_once_more_is_nothing_to_do(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     publish_to(chain, bundle, tmp_path / "out")
     assert publish_to(chain, bundle, tmp_path / "out").already
@@ -246,7 +241,7 @@ def test_once_more_is_nothing_to_do(there: tuple[Chain, Path], tmp_path: Path) -
         assert len(ledger.events("release.publishing")) == len(ledger.events("release.published")) == 1
 
 
-def test_what_is_there_is_never_overwritten(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_what_is_there_is_never_overwritten(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     publish_to(chain, bundle, tmp_path / "out")
     for path, text in (("README.md", "mine"), ("notes.txt", "more")):
@@ -263,7 +258,7 @@ def test_what_is_there_is_never_overwritten(there: tuple[Chain, Path], tmp_path:
             publish_to(chain, bundle, tmp_path / name)
 
 
-def test_an_empty_folder_is_filled_and_the_bundle_itself_refused(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled_and_the_bundle_itself_refused(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     (tmp_path / "out").mkdir()
     assert not publish_to(chain, bundle, tmp_path / "out").already
@@ -276,7 +271,7 @@ def make(chain: Chain, bundle: Path) -> Release:
     return verified_release(bundle, checker(chain))
 
 
-def test_it_goes_on_from_what_is_there(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_it_goes_on_from_what_is_there(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     partial = tmp_path / ".out.partial"
     (partial / "steelyard" / "old").mkdir(parents=True)
@@ -298,7 +293,7 @@ def test_it_goes_on_from_what_is_there(there: tuple[Chain, Path], tmp_path: Path
     assert progress.said == [f"1 of {len(release.content)} files are there already"]
 
 
-def test_stale_signatures_go_first(there: tuple[Chain, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_signatures_go_first(there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What signs is gone from the hidden folder before anything else changes in it."""
     chain, bundle = there
     partial = Path(shutil.copytree(bundle, tmp_path / ".out.partial"))
@@ -311,7 +306,7 @@ def test_stale_signatures_go_first(there: tuple[Chain, Path], tmp_path: Path, mo
     assert set(removed[: len(release.signing)]) == {Path(file.path).name for file in release.signing}
 
 
-def test_a_file_changed_while_it_is_copied(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_a_file_changed_while_it_is_copied(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     release = make(chain, bundle)
     weights = bundle / "model.safetensors"
@@ -322,7 +317,7 @@ def test_a_file_changed_while_it_is_copied(there: tuple[Chain, Path], tmp_path: 
     assert not chain.verify(tmp_path / ".out.partial").ok
 
 
-def test_a_copy_that_does_not_verify_is_not_published(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_a_copy_that_does_not_verify_is_not_published(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     release = make(chain, bundle)
     partial = tmp_path / ".out.partial"
@@ -339,7 +334,7 @@ def test_a_copy_that_does_not_verify_is_not_published(there: tuple[Chain, Path],
     assert chain.verify(tmp_path / "out").ok
 
 
-def test_one_at_a_time(there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_one_at_a_time(there: There, tmp_path: Path) -> None:
     chain, bundle = there
     (tmp_path / ".out.partial").mkdir()
     handle = os.open(tmp_path / ".out.partial", os.O_RDONLY)
@@ -350,9 +345,7 @@ def test_one_at_a_time(there: tuple[Chain, Path], tmp_path: Path) -> None:
     publish_to(chain, bundle, tmp_path / "out")
 
 
-def test_a_disk_too_small_is_said_before_copying(
-    there: tuple[Chain, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_too_small_is_said_before_copying(there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(SteelyardError, match="MB are to be copied"):

@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 from hub_server import WRITE, HubServer
-from scenario import Chain
-
-from steelyard.base.canonical import sha256_file
+from publishing import There, listing, to_damage
 
 pytest.importorskip("huggingface_hub")
 HERE = Path(__file__).resolve().parent
@@ -72,22 +70,17 @@ def killable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killable]:
 
 
 @pytest.fixture
-def there(released: tuple[Chain, Path], tmp_path: Path) -> tuple[Chain, Path]:
-    chain = released[0].copy(tmp_path / "chain")
-    return chain, chain.root / "releases" / "tiny"
+def there(released: There, tmp_path: Path) -> There:
+    return to_damage(released, tmp_path / "chain")
 
 
-def command(there: tuple[Chain, Path], to: object) -> list[object]:
+def command(there: There, to: object) -> list[object]:
     chain, bundle = there
     place = ["--key", chain.public, "--policy", chain.policy_file, "--workspace", chain.root]
     return ["publish", bundle, "--to", to, *place]
 
 
-def listing(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
-
-
-def whole_or_not(there: tuple[Chain, Path], folder: Path) -> bool:
+def whole_or_not(there: There, folder: Path) -> bool:
     """Whether it verifies, which only what is whole may."""
     ok: bool = folder.is_dir() and there[0].verify(folder).ok
     assert not ok or listing(folder) == listing(there[1])
@@ -100,7 +93,7 @@ def spread(count: int, moments: int = MOMENTS) -> list[int]:
     return sorted({1, count, *rest})
 
 
-def test_killed_while_publishing_to_a_folder(killable: Killable, there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_killed_while_publishing_to_a_folder(killable: Killable, there: There, tmp_path: Path) -> None:
     """At some of the moments at which it changes or reads something there."""
     mark = "site-"
     killable.start(*command(there, tmp_path / "site-0"), watch=mark)
@@ -128,7 +121,7 @@ def test_killed_while_publishing_to_a_folder(killable: Killable, there: tuple[Ch
         }
 
 
-def test_killed_while_publishing_to_the_hub(killable: Killable, there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_killed_while_publishing_to_the_hub(killable: Killable, there: There, tmp_path: Path) -> None:
     """At the moment of some of its requests, which the server then still carries out."""
     with HubServer(tmp_path / "hub", part=20_000) as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
@@ -174,7 +167,7 @@ def test_killed_while_publishing_to_the_hub(killable: Killable, there: tuple[Cha
 
 
 @pytest.mark.parametrize("to", ["folder", "hub"])
-def test_killed_at_random_times(to: str, killable: Killable, there: tuple[Chain, Path], tmp_path: Path) -> None:
+def test_killed_at_random_times(to: str, killable: Killable, there: There, tmp_path: Path) -> None:
     with HubServer(tmp_path / "hub") as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
 

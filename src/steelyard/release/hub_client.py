@@ -81,7 +81,7 @@ class HubClient:
         except ImportError:
             raise require_extra("huggingface_hub", "models") from None
         self.repository, self._progress = repository, progress
-        self._hub = huggingface_hub
+        self._hub: Any = huggingface_hub
         # Read here, not at the library's import: a process may set it later.
         self.endpoint = (os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT).rstrip("/")
         self._api = huggingface_hub.HfApi(endpoint=self.endpoint)
