@@ -36,6 +36,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PASSPHRASE = b"correct horse battery"
+PEOPLE = ("alice", "bob", "carol", "dora", "eve")
+DISTINCT = {"throwaway": "refused", "distinct": True, "approvals": 2, "countersigned": False}
 SPECIALS = ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<pad>")
 
 
@@ -246,7 +248,7 @@ def policy_dict(*, maximum: float = 0.6, **changes: Any) -> dict[str, Any]:
         "max_overlap": 0.2,
         "scorers": {"toxicity": [], "refusal": []},
         "predecessor": {"first_release": "allowed"},
-        "keys": {"throwaway": "allowed", "distinct": False, "countersigned": False},
+        "keys": {"throwaway": "allowed", "distinct": False, "approvals": 0, "countersigned": False},
     }
     return base | changes
 
@@ -384,11 +386,70 @@ class Chain:
             return write_bundle(**(arguments | changes)).bundle
 
     def verify(self, bundle: Path, **changes: Any) -> Any:
-        """What a stranger with our public key and policy file sees."""
+        """What a stranger with our public key (or `trust`) and policy file sees."""
         from steelyard.release.verify import verify_bundle
 
-        arguments: dict[str, Any] = {"keys": [self.public], "policy": str(self.policy_file)}
+        arguments: dict[str, Any] = {"policy": str(self.policy_file)}
+        if "trust" not in changes:
+            arguments["keys"] = [self.public]
         return verify_bundle(bundle, **(arguments | changes))
+
+    # Several people: alice evaluates, bob and carol approve, dora releases, eve is a witness.
+
+    def people(self, **changes: Any) -> Path:
+        """Make their keys, and a trust file that pins them (`changes` replace parts of it); gives its path."""
+        from steelyard.release.keys import new_key
+
+        for name in PEOPLE:
+            if not (self.keys / f"{name}.pub.pem").exists():
+                new_key(self.keys, name, PASSPHRASE)
+        self.policy_file.replace(self.keys / "verifier.json")
+        trust: dict[str, Any] = {
+            "format": 1,
+            "policy": "verifier.json",
+            "evaluators": ["alice.pub.pem"],
+            "approvers": ["bob.pub.pem", "carol.pub.pem"],
+            "approvals": 2,
+            "releasers": ["dora.pub.pem"],
+            "witnesses": ["eve.pub.pem"],
+            "withdrawal": {"signers": ["dora.pub.pem", "bob.pub.pem"], "quorum": 2},
+        }
+        path = self.keys / "trust.yaml"
+        path.write_text(json.dumps({key: value for key, value in (trust | changes).items() if value is not None}))
+        return path
+
+    def _with_key(self, name: str) -> dict[str, Any]:
+        from steelyard.release.keys import load_signer, show_key
+
+        return {"signer": load_signer(self.keys, name, PASSPHRASE), "key": show_key(self.keys, name)}
+
+    def candidate(self, out: Path | None = None, by: str = "alice", **changes: Any) -> Path:
+        """What the evaluator attests."""
+        from steelyard.release.bundle import attest
+
+        with self.ledger() as ledger:
+            arguments = {"run": self.run, "model": self.model, "policy": self.policy, "ledger": ledger}
+            arguments |= {"out": out or self.root / "candidates" / "tiny", **self._with_key(by)}
+            return attest(**(arguments | changes)).bundle
+
+    def approve(self, candidate: Path, by: str, **changes: Any) -> Path:
+        """An approval of one person."""
+        from steelyard.release.bundle import approve
+        from steelyard.release.trust import load_trust
+
+        arguments = {"trust": load_trust(self.keys / "trust.yaml"), **self._with_key(by)}
+        return approve(candidate, **(arguments | changes))
+
+    def seal(self, candidate: Path, out: Path | None = None, by: str = "dora", **changes: Any) -> Path:
+        """The releaser's part."""
+        from steelyard.release.bundle import seal
+        from steelyard.release.trust import load_trust
+
+        out = out or self.root / "sealed" / candidate.name
+        with self.ledger() as ledger:
+            arguments = {"trust": load_trust(self.keys / "trust.yaml"), "ledger": ledger, **self._with_key(by)}
+            seal(candidate, out, **(arguments | changes))
+        return out
 
     def copy(self, root: Path) -> Chain:
         """A copy to damage."""

@@ -24,6 +24,7 @@ from steelyard.release.attest import (
 from steelyard.release.keys import load_public_key, load_signer, new_key
 
 FACTS = RunFacts(
+    name="tiny",
     run="safety-1",
     started="2026-01-01T00:00:00+00:00",
     finished="2026-01-01T01:00:00+00:00",

@@ -13,8 +13,9 @@ from steelyard.base.canonical import merkle_root
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.model.identity import subject_of
 from steelyard.release import bundle as bundle_module
-from steelyard.release.bundle import read_manifest
+from steelyard.release import writing
 from steelyard.release.keys import load_signer, new_key
+from steelyard.release.layout import MANIFEST, SIGNING, read_manifest
 
 
 def test_a_bundle_is_the_model_and_what_proves_its_test(released: tuple[Chain, Path]) -> None:
@@ -27,10 +28,12 @@ def test_a_bundle_is_the_model_and_what_proves_its_test(released: tuple[Chain, P
         "battery.json",
         "journal.jsonl",
         "manifest.json",
+        "model.sig",
         "policy.json",
         "report.html",
         "report.json",
         "report.md",
+        "summary.dsse.json",
         "test-result.dsse.json",
     ]
     card = (bundle / "README.md").read_text()
@@ -47,8 +50,7 @@ def test_the_manifest_lists_every_other_file(released: tuple[Chain, Path]) -> No
         for path in bundle.rglob("*")
         if path.is_file()
     }
-    del found["steelyard/manifest.json"], found["steelyard/test-result.dsse.json"]
-    assert listed == found
+    assert {name: found[name] for name in found if name not in (MANIFEST, *SIGNING)} == listed
     assert {entry.path: entry.kind for entry in manifest.files}["model.safetensors"] == "weights"
 
 
@@ -123,7 +125,7 @@ def test_a_failure_on_the_way_leaves_nothing(chain: Chain, monkeypatch: pytest.M
     def broken(*_: object) -> bytes:
         raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr(bundle_module, "sign", broken)
+    monkeypatch.setattr(writing, "sign", broken)
     with pytest.raises(RuntimeError):
         chain.bundle()
     assert list((chain.root / "releases").iterdir()) == []
@@ -132,13 +134,13 @@ def test_a_failure_on_the_way_leaves_nothing(chain: Chain, monkeypatch: pytest.M
 
 
 def test_a_model_changed_while_it_is_copied(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = bundle_module._copy_model
+    original = writing._copy_model
 
     def slow(model: Path, folder: Path, progress: object) -> None:
         (model / "system_prompt.txt").write_text("Be kind.")
         original(model, folder, progress)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bundle_module, "_copy_model", slow)
+    monkeypatch.setattr(writing, "_copy_model", slow)
     with pytest.raises(SteelyardError, match="changed while it was released"):
         chain.bundle()
 

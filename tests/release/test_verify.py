@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forging import Forger
 from scenario import CAPITALS, PASSPHRASE, Chain, edit_json, edit_lines, make_model, make_policy
 
-from steelyard.base.canonical import canonical_json, sha256_hex
+from steelyard.base.canonical import canonical_json
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
-from steelyard.release.attest import RunFacts, parse_test_result, read_envelope, sign, test_result
-from steelyard.release.bundle import MANIFEST, REPORT, STATEMENT, _manifest
 from steelyard.release.keys import load_signer, new_key, revoke_key, rotate_key
+from steelyard.release.layout import MANIFEST, MODEL_SIGNATURE, REPORT, SUMMARY, TEST_RESULT
 
 Released = tuple[Chain, Path]
 Copy = Callable[[], Path]
@@ -51,8 +51,8 @@ def test_without_a_key_it_lists_what_it_sees_and_is_not_ok(released: Released) -
     chain, bundle = released
     result = chain.verify(bundle, keys=[])
     assert not result.ok
-    assert [finding.code for finding in result.findings] == ["signature"]
-    assert "give a public key of your own" in result.findings[0].message
+    assert [finding.code for finding in result.findings] == ["signature"] * 3
+    assert all("give a public key of your own" in finding.message for finding in result.findings)
     assert {"subject", "weights", "policy", "run", "journal root", "signed by key"} <= dict(result.seen).keys()
 
 
@@ -129,10 +129,12 @@ FILES = (
     "steelyard/report.md",
     "steelyard/manifest.json",
     "steelyard/test-result.dsse.json",
+    "steelyard/summary.dsse.json",
+    "steelyard/model.sig",
 )
 
 MUTATIONS: list[tuple[str, Callable[[Path], None], str]] = [
-    *((f"append-{name}", _append(name), name) for name in FILES if name != STATEMENT),
+    *((f"append-{name}", _append(name), name) for name in FILES[:-3]),
     *((f"flip-{name}", _flip(name), name) for name in FILES),
     *((f"remove-{name}", _remove(name), name) for name in FILES),
     ("rename-weights", _rename("model.safetensors", "model-00001-of-00001.safetensors"), "model-00001-of-00001"),
@@ -161,7 +163,7 @@ MUTATIONS: list[tuple[str, Callable[[Path], None], str]] = [
     ("key-inside", _add("steelyard/me.pub.pem", "-----BEGIN PUBLIC KEY-----"), "steelyard/me.pub.pem"),
     ("swap-reports", _swap("steelyard/report.html", "steelyard/report.md"), "steelyard/report.html"),
     ("swap-evidence", _swap("steelyard/policy.json", "steelyard/battery.json"), "steelyard/policy.json"),
-    ("swap-seal", _swap(MANIFEST, STATEMENT), MANIFEST),
+    ("swap-seal", _swap(MANIFEST, TEST_RESULT), MANIFEST),
 ]
 
 
@@ -201,22 +203,19 @@ def test_an_empty_folder_and_no_folder(released: Released, tmp_path: Path) -> No
 # -- a forger who makes the manifest, and the signature, again -------------------------------------------------------
 
 
-def _reseal(bundle: Path, chain: Chain, key: str = "me", **changes: Any) -> None:
-    """Make manifest and statement again over what lies there now, signed by a key; `changes` go into the facts."""
-    old = parse_test_result(read_envelope((bundle / STATEMENT).read_bytes(), STATEMENT)[0], STATEMENT)
-    (bundle / MANIFEST).unlink()
-    (bundle / STATEMENT).unlink()
-    manifest = _manifest(bundle)
-    (bundle / MANIFEST).write_bytes(manifest)
-    subjects = old.subjects | {
-        MANIFEST: sha256_hex(manifest),
-        REPORT: sha256_hex((bundle / REPORT).read_bytes()),
-    }
-    facts = RunFacts.model_validate(old.predicate.steelyard.model_dump(mode="json") | changes)
-    payload = test_result(
-        subjects=subjects, configuration=old.configuration, passed=old.predicate.passedTests, facts=facts
-    )
-    (bundle / STATEMENT).write_bytes(sign(payload, load_signer(chain.keys, key, PASSPHRASE)))
+def _reseal(bundle: Path, chain: Chain, key: str | None = None, **changes: Any) -> None:
+    """Make manifest and statements again over what lies there now, signed by a key; `changes` go into the facts."""
+    names = (TEST_RESULT, SUMMARY)
+
+    def facts(statement: Any) -> None:
+        statement["predicate"]["steelyard"].update(changes)
+
+    def later(statement: Any) -> None:
+        if "signed" in changes:
+            statement["predicate"]["timeCreated"] = changes["signed"]
+
+    by = {} if key is None else dict.fromkeys(names, key)
+    Forger(chain.keys).remake(bundle, change={TEST_RESULT: facts, SUMMARY: later}, by=by)
 
 
 def test_resealing_alone_verifies(released: Released, bundle_copy: Copy) -> None:
@@ -230,19 +229,18 @@ def test_signed_again_with_another_key(released: Released, bundle_copy: Copy, tm
     new_key(chain.keys, "thief", PASSPHRASE)
     _reseal(bundle, chain, key="thief")
     found = messages(chain.verify(bundle))
-    assert len(found) == 1
-    assert found[0].startswith(STATEMENT)
-    assert "none of yours" in found[0]
+    assert [message.split(":")[0] for message in found] == [TEST_RESULT, SUMMARY, MODEL_SIGNATURE]
+    assert all("none of yours" in message for message in found)
     assert chain.verify(bundle, keys=[chain.keys / "thief.pub.pem"]).ok
 
 
 def test_a_signature_swapped_in_from_another_release(released: Released, bundle_copy: Copy, chain: Chain) -> None:
     other, bundle = chain.bundle(run=chain.test(run=chain.root / "again")), bundle_copy()
-    shutil.copy(other / STATEMENT, bundle / STATEMENT)
-    assert any(message.startswith(STATEMENT) for message in messages(released[0].verify(bundle)))
-    good = json.loads((released[1] / STATEMENT).read_bytes())
-    good["signatures"] = json.loads((other / STATEMENT).read_bytes())["signatures"]
-    (bundle / STATEMENT).write_bytes(canonical_json(good))
+    shutil.copy(other / TEST_RESULT, bundle / TEST_RESULT)
+    assert any(message.startswith(TEST_RESULT) for message in messages(released[0].verify(bundle)))
+    good = json.loads((released[1] / TEST_RESULT).read_bytes())
+    good["signatures"] = json.loads((other / TEST_RESULT).read_bytes())["signatures"]
+    (bundle / TEST_RESULT).write_bytes(canonical_json(good))
     assert any("does not fit the statement" in message for message in messages(released[0].verify(bundle)))
 
 
@@ -297,7 +295,7 @@ def test_the_makers_own_key_does_not_make_it_true(
         ({"started": "2020-01-01T00:00:00Z"}, "started is not what"),
         ({"finished": "2020-01-01T00:00:00Z"}, "finished is not what"),
         ({"endpoint": {"kind": "local"}}, "endpoint is not what"),
-        ({"signed": "2099-01-01T00:00:00Z"}, "later than now"),
+        ({"signed": "2099-01-01T00:00:00Z"}, "is later than now"),
         ({"signed": "2099-01-01T00:00:00Z"}, "allows 30"),
         ({"signed": "2020-01-01T00:00:00Z"}, "later than the release"),
         ({"signed": "soon"}, "not an ISO 8601 time"),
@@ -364,7 +362,7 @@ def test_a_throwaway_key_where_the_policy_refuses_it(chain: Chain, tmp_path: Pat
     rules = {"throwaway": "refused", "distinct": True, "countersigned": True}
     found = messages(chain.verify(bundle, keys=keys, policy=_file(tmp_path, keys=rules)))
     assert any("refuses throwaway keys" in message for message in found)
-    assert any("two pinned identities" in message for message in found)
+    assert any("to be different people: name who is which in a trust file" in message for message in found)
 
 
 def test_a_bundle_stays_valid_as_it_ages(released: Released) -> None:
@@ -380,9 +378,8 @@ def test_a_revoked_key(released: Released, tmp_path: Path) -> None:
     chain = released[0].copy(tmp_path / "chain")
     statement = revoke_key(chain.keys, "me", PASSPHRASE, reason="the laptop\nwas stolen")
     found = messages(chain.verify(released[1], revocations=[statement]))
-    assert len(found) == 1
-    assert "revoked at" in found[0]
-    assert found[0].endswith("the laptop was stolen")
+    assert [message.split(":")[0] for message in found] == [TEST_RESULT, SUMMARY, MODEL_SIGNATURE]
+    assert all("revoked at" in message and message.endswith("the laptop was stolen") for message in found)
 
 
 def test_a_revocation_of_another_key_changes_nothing(released: Released, tmp_path: Path) -> None:
@@ -425,9 +422,14 @@ def test_a_rotated_key_vouches_for_what_it_signed_before(released: Released, bun
         (MANIFEST, b"[" * 100_000),
         (MANIFEST, b"x" * 2_000_000),
         (MANIFEST, b'{"format": 1, "format": 1, "files": []}'),
-        (MANIFEST, b'{"format": 2, "files": []}'),
-        (STATEMENT, b"[" * 100_000),
-        (STATEMENT, b"x" * 2_000_000),
+        (MANIFEST, b'{"format": 1, "files": []}'),
+        (MANIFEST, b'{"format": 3, "files": []}'),
+        (SUMMARY, b"[" * 100_000),
+        (SUMMARY, b"x" * 2_000_000),
+        (MODEL_SIGNATURE, b"[" * 100_000),
+        (MODEL_SIGNATURE, b"x" * 5_000_000),
+        (TEST_RESULT, b"[" * 100_000),
+        (TEST_RESULT, b"x" * 2_000_000),
         ("steelyard/journal.jsonl", b"{" * 3_000_000),
         ("steelyard/policy.json", b"[" * 3_000_000),
         ("steelyard/battery.json", b'{"a":' * 100_000),
@@ -471,7 +473,9 @@ def test_verifying_needs_no_torch(released: Released) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", [MANIFEST, STATEMENT, "config.json", "steelyard/journal.jsonl", REPORT])
+@pytest.mark.parametrize(
+    "name", [MANIFEST, TEST_RESULT, SUMMARY, MODEL_SIGNATURE, "config.json", "steelyard/journal.jsonl", REPORT]
+)
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
 def test_what_never_ends_is_found_and_not_read(bundle_copy: Copy, released: Released, name: str, kind: str) -> None:
     bundle = bundle_copy()

@@ -69,21 +69,25 @@ def read_yaml(path: Path, kind: str, limit: int = SIZE_LIMIT) -> tuple[Any, Docu
 
     Raises UsageError: not there, over `limit` bytes, not UTF-8, not YAML, nested deeper than DEPTH_LIMIT.
     """
-    text = read_text(path, kind, limit)
+    return parse_yaml(read_text(path, kind, limit), str(path), kind)
+
+
+def parse_yaml(text: str, where: str, kind: str) -> tuple[Any, Document]:
+    """`read_yaml` of a text that is at hand; `where` names it in messages."""
     lines: dict[Loc, int] = {}
     try:
-        _check_events(path, text, kind)
+        _check_events(where, text, kind)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        document = Document(str(path), kind, lines)
+        document = Document(where, kind, lines)
         value = None if node is None else _plain(document, lines, node, (), yaml.SafeLoader(""))
         return value, document
     except RecursionError as error:
-        raise UsageError(f"{path}: nested deeper than {DEPTH_LIMIT} levels: no {kind} is") from error
+        raise UsageError(f"{where}: nested deeper than {DEPTH_LIMIT} levels: no {kind} is") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = str(path) if mark is None else f"{path}:{mark.line + 1}"
+        place = where if mark is None else f"{where}:{mark.line + 1}"
         cause = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UsageError(f"{where}: not YAML: {cause}") from error
+        raise UsageError(f"{place}: not YAML: {cause}") from error
 
 
 def read_text(path: Path, kind: str, limit: int) -> str:
@@ -101,10 +105,10 @@ def read_text(path: Path, kind: str, limit: int) -> str:
     return text
 
 
-def _check_events(path: Path, text: str, kind: str) -> None:
+def _check_events(source: str, text: str, kind: str) -> None:
     depth = documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        where = str(path) if event.start_mark is None else f"{path}:{event.start_mark.line + 1}"
+        where = source if event.start_mark is None else f"{source}:{event.start_mark.line + 1}"
         tag = getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise UsageError(f"{where}: YAML anchors and aliases (&, *) are not read in a {kind}: write it out")

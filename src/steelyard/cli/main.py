@@ -12,7 +12,21 @@ import typer
 
 from steelyard.base.errors import SteelyardError
 from steelyard.base.threads import choose_waiting
-from steelyard.cli import chat, doctor, key, ledger, measure, model, published, release, run, safety, scorer, train
+from steelyard.cli import (
+    chat,
+    countersign,
+    doctor,
+    key,
+    ledger,
+    measure,
+    model,
+    published,
+    release,
+    run,
+    safety,
+    scorer,
+    train,
+)
 from steelyard.cli.output import one_line
 
 app = typer.Typer(
@@ -26,7 +40,11 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
+app.command("countersign")(countersign.countersign)
 app.command("release")(release.release)
+app.command("attest")(release.attest)
+app.command("approve")(release.approve)
+app.command("seal")(release.seal)
 app.command("verify")(release.verify)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from steelyard.cli.options import WORKSPACE, AsJSON, PassphraseFile, Workspace
-from steelyard.cli.output import passphrase, print_criteria, print_decision, print_json, print_table
+from steelyard.cli.output import one_line, passphrase, print_criteria, print_decision, print_json, print_table
 
 
 def run(
@@ -24,6 +24,7 @@ def run(
     from steelyard.base.progress import default_progress
     from steelyard.recipe.runner import run_recipe
     from steelyard.release.refused import Refused
+    from steelyard.safety.pause import Paused
 
     try:
         results = run_recipe(
@@ -39,6 +40,12 @@ def run(
         print_decision(refused.decision, None, as_json=as_json)
         print(f"report: {refused.run / 'report.html'}")
         raise
+    except Paused as paused:
+        if as_json:
+            print_json({"paused": paused.run, "commitment": str(paused.commitment)})
+        else:
+            print(one_line(str(paused)))
+        return
     if as_json:
         print_json(
             [

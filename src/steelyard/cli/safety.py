@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steelyard.base.errors import UsageError
 from steelyard.cli.options import WORKSPACE, AsJSON, ModelFolder, Workspace, existing_folder
 from steelyard.cli.output import one_line, print_criteria, print_json, print_table
 
@@ -48,6 +49,22 @@ def run(
         ),
     ] = None,
     fail_fast: Annotated[bool, typer.Option(help="Stop as soon as the model has certainly failed.")] = False,
+    countersign: Annotated[
+        bool,
+        typer.Option(
+            "--countersign",
+            help="Commit, and wait before the first generation until a witness has countersigned (steelyard "
+            "countersign); then the same command goes on. Of the model's own run, not of its variants'.",
+        ),
+    ] = False,
+    witness: Annotated[
+        list[Path] | None,
+        typer.Option(help="A witness's public key (PEM) to check the countersignature with now; may be repeated."),
+    ] = None,
+    timestamp_authority: Annotated[
+        list[Path] | None,
+        typer.Option(help="A time-stamping authority's root certificate (PEM), likewise; may be repeated."),
+    ] = None,
     workspace: Workspace = WORKSPACE,
     as_json: AsJSON = False,
 ) -> None:
@@ -56,7 +73,11 @@ def run(
     from steelyard.inference.endpoint import Endpoint
     from steelyard.ledger.ledger import Ledger
     from steelyard.model.identity import subject_of
+    from steelyard.release.commitment import looking_for
+    from steelyard.release.keys import load_public_key
+    from steelyard.release.timestamps import load_roots
     from steelyard.safety.battery import battery_folder, load_battery
+    from steelyard.safety.pause import Paused
     from steelyard.safety.policy import load_policy
     from steelyard.safety.run import Job, Tested, run_battery
     from steelyard.safety.shipped import shipped_sampling
@@ -64,6 +85,12 @@ def run(
     from steelyard.scorers.registry import open_scorer
 
     progress = default_progress(as_json=as_json)
+    look = None
+    if countersign:
+        roots = [root for file in timestamp_authority or [] for root in load_roots(file)]
+        look = looking_for([load_public_key(file) for file in witness or []], roots)
+    elif witness or timestamp_authority:
+        raise UsageError("--witness and --timestamp-authority say who may countersign: give --countersign as well")
     others = () if variants is None else parse_variants(variants)
     chosen = load_battery(battery)
     policies = [load_policy(name) for name in policy or ["preview"]]
@@ -92,7 +119,14 @@ def run(
         fail_fast=fail_fast,
     )
     with Ledger(workspace / "ledger.sqlite") as ledger:
-        result = run_battery(job, out=out, ledger=ledger, progress=progress)
+        try:
+            result = run_battery(job, out=out, ledger=ledger, progress=progress, countersign=look)
+        except Paused as paused:
+            if as_json:
+                print_json({"paused": paused.run, "commitment": str(paused.commitment)})
+            else:
+                print(one_line(str(paused)))
+            return
         if others:
             result = run_variants(
                 job, others, model, out=out, ledger=ledger, server_model=endpoint_model, progress=progress
@@ -126,7 +160,6 @@ def overlap(
     as_json: AsJSON = False,
 ) -> None:
     """Search the training data for the run's probes (13 words in a row, shorter ones whole); the gate judges it."""
-    from steelyard.base.errors import UsageError
     from steelyard.base.progress import default_progress
     from steelyard.corpus.training_data import open_training_data
     from steelyard.ledger.ledger import Ledger

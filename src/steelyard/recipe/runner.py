@@ -26,6 +26,7 @@ from steelyard.base.yamlfile import nearest
 from steelyard.ledger.ledger import Event, Ledger
 from steelyard.recipe.schema import Context, FieldError, Input, Outcome, Recipe, Stage, load_recipe
 from steelyard.recipe.stages import KINDS
+from steelyard.safety.pause import Paused
 
 DEFAULT_WORKSPACE = Path(".steelyard")
 
@@ -57,8 +58,8 @@ def run_recipe(
 
     `force` names stages to do again; `until` the last one wanted (with those it takes from). `dry_run` writes nothing
     and gives the plan. `passphrase` gives that of a named key. Raises UsageError before any work where the recipe or a
-    stage's name is wrong, SteelyardError where the workspace is in use, the ledger was changed, or a stage fails; what
-    was finished before stays cached.
+    stage's name is wrong, SteelyardError where the workspace is in use, the ledger was changed, or a stage fails, and
+    Paused where one waits to be countersigned; what was finished before stays cached.
     """
     progress = progress or Silent()
     recipe = load_recipe(path, KINDS)
@@ -141,7 +142,8 @@ class _Run:
                 results.append(self._do(stage, check, start))
         except BaseException as error:  # Ctrl-C too: the ledger says how it ended
             if run is not None:
-                status = "failed" if isinstance(error, Exception) else "interrupted"
+                status = "paused" if isinstance(error, Paused) else "failed"
+                status = status if isinstance(error, Exception) else "interrupted"
                 self.ledger.run_finish(run, status, {"stage": stage.name, "error": type(error).__name__})
             raise
         if run is not None:

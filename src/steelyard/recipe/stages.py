@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -38,10 +38,12 @@ if TYPE_CHECKING:
 
     from steelyard.release.keys import KeyInfo
     from steelyard.safety.battery import Battery
+    from steelyard.safety.pause import Look
     from steelyard.safety.policy import Policy
     from steelyard.safety.variant_models import Variant
 
 THROWAWAY = "throwaway"
+_Pin = TypeVar("_Pin")
 
 
 # -- import ----------------------------------------------------------------------------------------------------------
@@ -121,7 +123,10 @@ class ImportStage(StageKind[ImportConfig]):
 class SafetyConfig(StageConfig):
     """`battery` and `policies` are names that ship in the package, or paths of .yaml files. `predecessor`: the stage
     that made the model which this one comes after; it is tested beside it, on the same prompts and seeds. `variants`:
-    kinds to make of the model and to test as well, each a subject of its own (`steelyard safety run --variants`)."""
+    kinds to make of the model and to test as well, each a subject of its own (`steelyard safety run --variants`).
+    `countersign`: wait before the first generation until a witness has countersigned what is committed; `witnesses` and
+    `timestamp_authorities` are files (public keys, root certificates) that the countersignature is checked with then.
+    """
 
     kind: Literal["safety"]
     model: str
@@ -129,11 +134,16 @@ class SafetyConfig(StageConfig):
     policies: tuple[str, ...] = Field(min_length=1, strict=False)
     predecessor: str | None = None
     variants: tuple[str, ...] = Field(default=(), strict=False)
+    countersign: bool = False
+    witnesses: tuple[str, ...] = Field(default=(), strict=False)
+    timestamp_authorities: tuple[str, ...] = Field(default=(), strict=False)
 
     @model_validator(mode="after")
     def _once(self) -> SafetyConfig:
         if len(set(self.policies)) != len(self.policies):
             raise ValueError("a policy is named twice")
+        if (self.witnesses or self.timestamp_authorities) and not self.countersign:
+            raise ValueError("witnesses and timestamp_authorities need countersign: true")
         return self
 
 
@@ -154,6 +164,7 @@ class SafetyStage(StageKind[SafetyConfig]):
 
     def externals(self, config: SafetyConfig, workspace: Path) -> dict[str, str]:
         _variants(config)
+        _countersigned(config)
         battery = _battery("battery", config.battery)
         found = {"battery": battery.digest}
         for name in config.policies:
@@ -196,7 +207,13 @@ class SafetyStage(StageKind[SafetyConfig]):
             policies=[_policy("policies", name) for name in context.config.policies],
             scorers={name: open_scorer(reference, folder) for name, reference in battery.scorers.items()},
         )
-        found = run_battery(job, out=context.place, ledger=context.ledger, progress=context.progress)
+        found = run_battery(
+            job,
+            out=context.place,
+            ledger=context.ledger,
+            progress=context.progress,
+            countersign=_countersigned(context.config),
+        )
         if variants := _variants(context.config):
             model = _path(inputs["model"])
             found = run_variants(
@@ -237,6 +254,26 @@ def _variants(config: SafetyConfig) -> tuple[Variant, ...]:
         if any(variant.source or variant.url for variant in found):
             raise UsageError("a recipe's variants are kinds that are made from the model: q8_0, not NAME=FILE or a URL")
     return found
+
+
+def _countersigned(config: SafetyConfig) -> Look | None:
+    """What finds the countersignature of a run that is to wait for one. Raises FieldError for a key or certificate."""
+    if not config.countersign:
+        return None
+    from steelyard.release.commitment import looking_for
+    from steelyard.release.keys import load_public_key
+    from steelyard.release.timestamps import load_roots
+
+    def each(name: str, files: Sequence[str], load: Callable[[Path], _Pin]) -> list[_Pin]:
+        try:
+            return [load(Path(file)) for file in files]
+        except SteelyardError as error:
+            raise FieldError(name, str(error)) from error
+
+    roots = each("timestamp_authorities", config.timestamp_authorities, load_roots)
+    return looking_for(
+        each("witnesses", config.witnesses, load_public_key), [root for found in roots for root in found]
+    )
 
 
 # -- release ---------------------------------------------------------------------------------------------------------

@@ -33,51 +33,54 @@ TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 ENVELOPE_LIMIT = 1_000_000  # bytes; a test result is a few kilobytes
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+ReleaseName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00-\x1f\x7f]{1,200}$")]
+KeyKind = Literal["standard", "throwaway"]
 
 
 class SignatureError(SteelyardError):
     """An envelope that is well formed, but not signed by any key that the caller trusts."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DigestSet(_Strict):
+class DigestSet(Strict):
     """in-toto's DigestSet; SHA-256 is the one algorithm here."""
 
     sha256: Sha256
 
 
-class ResourceDescriptor(_Strict):
+class ResourceDescriptor(Strict):
     """in-toto's ResourceDescriptor: a name and what it must hash to."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=200)]
     digest: DigestSet
 
 
-class PredecessorFacts(_Strict):
+class PredecessorFacts(Strict):
     """What the candidate was found not worse than: a run's subject and journal."""
 
     subject: Sha256
     journal_root: Sha256
 
 
-class RunFacts(_Strict):
-    """What test-result v0.1 has no field for: when and on what the test ran, and who says so."""
+class RunFacts(Strict):
+    """What test-result v0.1 has no field for: when and on what the test ran, for which release, and who says so."""
 
+    name: ReleaseName
     run: str
     started: str
     finished: str
     signed: str = Field(description="ISO time of the signature")
-    key_kind: Literal["standard", "throwaway"]
+    key_kind: KeyKind
     endpoint: dict[str, Any]
     ledger_head: str | None = Field(description="SEQ:HASH of the last event before the signature")
     predecessor: PredecessorFacts | None = None
     version: str = Field(description="of steelyard")
 
 
-class TestResult(_Strict):
+class TestResult(Strict):
     """The predicate of test-result v0.1, with our own extension under `steelyard`."""
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
@@ -90,14 +93,14 @@ class TestResult(_Strict):
     steelyard: RunFacts
 
 
-class _Statement(_Strict):
+class _Statement(Strict):
     type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: tuple[ResourceDescriptor, ...] = Field(min_length=1, max_length=100)
     predicateType: str  # noqa: N815
     predicate: dict[str, Any]
 
 
-class Statement(_Strict):
+class Statement(Strict):
     """A test-result statement as read: `subjects` and `configuration` by name."""
 
     subjects: dict[str, str]
@@ -125,7 +128,7 @@ def statement_bytes(predicate_type: str, subjects: Mapping[str, str], predicate:
     return canonical_json(
         {
             "_type": STATEMENT_TYPE,
-            "subject": _descriptors(subjects),
+            "subject": descriptors(subjects),
             "predicateType": predicate_type,
             "predicate": predicate,
         }
@@ -138,7 +141,7 @@ def test_result(
     """The payload of a PASSED test result (there is no release on anything else)."""
     predicate = {
         "result": "PASSED",
-        "configuration": _descriptors(configuration),
+        "configuration": descriptors(configuration),
         "passedTests": sorted(passed),
         "warnedTests": [],
         "failedTests": [],
@@ -206,8 +209,8 @@ def parse_statement(payload: bytes, where: str) -> tuple[str, dict[str, str], di
     try:
         statement = _Statement.model_validate(raw)
     except ValidationError as error:
-        raise FormatError(f"{where}: {_first(error, 'statement')}") from error
-    return statement.predicateType, _by_name(statement.subject, where, "subject"), statement.predicate
+        raise FormatError(f"{where}: {first_of(error, 'statement')}") from error
+    return statement.predicateType, by_name(statement.subject, where, "subject"), statement.predicate
 
 
 def parse_test_result(payload: bytes, where: str) -> Statement:
@@ -218,24 +221,27 @@ def parse_test_result(payload: bytes, where: str) -> Statement:
     try:
         result = TestResult.model_validate(predicate)
     except ValidationError as error:
-        raise FormatError(f"{where}: {_first(error, 'predicate')}") from error
+        raise FormatError(f"{where}: {first_of(error, 'predicate')}") from error
     return Statement(
-        subjects=subjects, configuration=_by_name(result.configuration, where, "configuration"), predicate=result
+        subjects=subjects, configuration=by_name(result.configuration, where, "configuration"), predicate=result
     )
 
 
-def _descriptors(named: Mapping[str, str]) -> list[dict[str, Any]]:
+def descriptors(named: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Name to SHA-256 as in-toto's ResourceDescriptors."""
     return [{"name": name, "digest": {"sha256": sha}} for name, sha in sorted(named.items())]
 
 
-def _by_name(descriptors: Sequence[ResourceDescriptor], where: str, what: str) -> dict[str, str]:
-    named = {descriptor.name: descriptor.digest.sha256 for descriptor in descriptors}
-    if len(named) != len(descriptors):
+def by_name(listed: Sequence[ResourceDescriptor], where: str, what: str) -> dict[str, str]:
+    """The reverse of `descriptors`. Raises FormatError where a name occurs twice."""
+    named = {descriptor.name: descriptor.digest.sha256 for descriptor in listed}
+    if len(named) != len(listed):
         raise FormatError(f"{where}: {what}: a name occurs twice")
     return named
 
 
-def _first(error: ValidationError, root: str) -> str:
+def first_of(error: ValidationError, root: str) -> str:
+    """What pydantic found first, in one line: the key and what is wrong with it."""
     first = error.errors()[0]
     return f"{'.'.join(str(part) for part in first['loc']) or root}: {first['msg']}"
 

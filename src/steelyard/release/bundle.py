@@ -1,162 +1,55 @@
-"""The bundle: a plain Hugging Face folder plus `steelyard/`, which holds what proves that it was tested.
+"""The way of a release: attested by an evaluator, approved, sealed by a releaser; or all of it by one person.
 
-    steelyard/manifest.json           every other file with size, SHA-256 and kind: the list is closed
-    steelyard/test-result.dsse.json   the signed statement over weights, subject, manifest, report and journal
-    steelyard/journal.jsonl           every generation and score; all numbers are recomputed from it
-    steelyard/predecessor.jsonl       the same of the model it was tested beside, where there was one
-    steelyard/overlap.json            which probes stand in the training data, where that was searched
-    steelyard/battery.json, policy.json, report.json, report.html, report.md
+    attest        the gate decides; on PASS a candidate is written: the files, their manifest, the signed test-result
+    approve       an approver checks a candidate and adds a signed approval
+    seal          a releaser checks all of it and adds the summary and the model signature; the bundle appears at OUT
+    write_bundle  all of that with one key, where the policy does not ask for distinct people
 
-A bundle is written only on a PASS that the gate gives here and now, and only appears once it has verified.
+A candidate is written only on a PASS that the gate gives here and now, and does not verify; a bundle appears only once
+it has verified. Whatever is killed half-way leaves nothing that verifies, and can be done again.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
 
 from steelyard import __version__
-from steelyard.base.canonical import canonical_json, sha256_file, sha256_hex
-from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.files import inside, new_folder, read_bounded
+from steelyard.base.canonical import sha256_file
+from steelyard.base.errors import SteelyardError
+from steelyard.base.files import new_folder
 from steelyard.base.progress import Progress, Silent
-from steelyard.base.strict import strict_json
-from steelyard.model.identity import Subject, is_model_file, subject_of
-from steelyard.release.attest import PredecessorFacts, RunFacts, Sha256, sign, test_result
-from steelyard.release.evidence import Evidence, read_run
+from steelyard.release.attest import sign
 from steelyard.release.gate import Decision, decide
 from steelyard.release.keys import KeyInfo
+from steelyard.release.layout import MANIFEST, TEST_RESULT
 from steelyard.release.refused import Refused
-from steelyard.safety.overlap import overlap_json
+from steelyard.release.statements import Approval, approval_payload, release_subjects, stamp
+from steelyard.release.trust import Trust, one_key
+from steelyard.release.writing import add_approval, copy_candidate, write_candidate, write_seals
 from steelyard.safety.policy import Policy
-from steelyard.safety.report import compute_report, save_report
-from steelyard.safety.words import in_words
 
 if TYPE_CHECKING:
     from steelyard.ledger.ledger import Ledger
-
-HOME = "steelyard"
-MANIFEST = f"{HOME}/manifest.json"
-STATEMENT = f"{HOME}/test-result.dsse.json"
-JOURNAL = f"{HOME}/journal.jsonl"
-BATTERY = f"{HOME}/battery.json"
-POLICY = f"{HOME}/policy.json"
-REPORT = f"{HOME}/report.json"
-PREDECESSOR = f"{HOME}/predecessor.jsonl"  # only where there was one
-OVERLAP = f"{HOME}/overlap.json"  # likewise
-EVIDENCE = (JOURNAL, BATTERY, POLICY, REPORT, f"{HOME}/report.html", f"{HOME}/report.md")
-MANIFEST_LIMIT = 1_000_000  # bytes
-MAX_FILES = 2_000
-
-Kind = Literal["weights", "config", "tokenizer", "prompt", "document", "evidence"]
-
-
-class ManifestFile(BaseModel):
-    """One file of a bundle; `path` is relative to it, with `/`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str = Field(min_length=1, max_length=200)
-    size: int = Field(ge=0)
-    sha256: Sha256
-    kind: Kind
-
-
-class Manifest(BaseModel):
-    """Every file of a bundle but the manifest itself and the statement that signs it, sorted by path."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal[1]
-    files: tuple[ManifestFile, ...] = Field(max_length=MAX_FILES)
-
-    @model_validator(mode="after")
-    def _sorted(self) -> Manifest:
-        paths = [file.path for file in self.files]
-        if paths != sorted(set(paths)):
-            raise ValueError("files must be sorted by path, each once")
-        return self
-
-
-def kind_of(path: str) -> Kind | None:
-    """The kind of a bundle's file; None for a path that no bundle may hold."""
-    if path in (*EVIDENCE, PREDECESSOR, OVERLAP):
-        return "evidence"
-    if "/" in path or not is_model_file(path):
-        return None
-    if path.startswith("model"):
-        return "weights"
-    if path in ("config.json", "generation_config.json"):
-        return "config"
-    if path in ("chat_template.jinja", "system_prompt.txt"):
-        return "prompt"
-    return "document" if path.split(".")[0].isupper() else "tokenizer"
-
-
-def read_manifest(bundle: Path) -> Manifest:
-    """The manifest of a bundle, with every path checked. Raises FormatError."""
-    path = bundle / MANIFEST
-    try:
-        data = read_bounded(path, MANIFEST_LIMIT)
-    except OSError as error:
-        raise FormatError(f"{MANIFEST}: {error.strerror}: {bundle} is not a bundle") from error
-    try:
-        manifest = Manifest.model_validate_json(canonical_json(strict_json(data, MANIFEST, limit=MANIFEST_LIMIT)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise FormatError(f"{MANIFEST}: {key}: {first['msg']}") from error
-    for entry in manifest.files:
-        try:
-            inside(bundle, entry.path)
-        except FormatError as error:
-            raise FormatError(f"{MANIFEST}: {error}") from error
-        if kind_of(entry.path) is None:
-            raise FormatError(f"{MANIFEST}: lists {entry.path!r}, which no bundle may hold")
-        if kind_of(entry.path) != entry.kind:
-            raise FormatError(f"{MANIFEST}: {entry.path}: kind is {entry.kind!r}, must be {kind_of(entry.path)!r}")
-    return manifest
-
-
-def statement_subjects(subject: Subject, evidence: Evidence, manifest: bytes, report: bytes) -> dict[str, str]:
-    """What the test-result statement is about: name to SHA-256."""
-    before = evidence.predecessor
-    return {
-        "weights": subject.weights,
-        "subject": subject.digest,
-        "journal-root": evidence.journal.root,
-        **({} if before is None else {"predecessor-root": before.root, "predecessor": before.plan.subject_digest}),
-        MANIFEST: sha256_hex(manifest),
-        REPORT: sha256_hex(report),
-    }
-
-
-def statement_configuration(evidence: Evidence, policy: Policy) -> dict[str, str]:
-    """What the test was run with: name to SHA-256."""
-    plan = evidence.journal.plan
-    return {
-        "battery": evidence.battery.digest,
-        "policy": policy.digest,
-        "code": plan.code,
-        **{f"scorer/{name}": identity.digest for name, identity in plan.scorers.items()},
-    }
+    from steelyard.release.verify import Stage, Verification
 
 
 @dataclass(frozen=True)
 class Released:
-    """A bundle, and the one decision it was written on."""
+    """A candidate or bundle, and the one decision it was written on."""
 
     bundle: Path
     decision: Decision
+
+
+# -- one person ------------------------------------------------------------------------------------------------------
 
 
 def write_bundle(
@@ -170,22 +63,21 @@ def write_bundle(
     out: Path,
     predecessor: Path | None = None,
     aside: Path | None = None,
+    trust: Trust | None = None,
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Released:
     """Ask the gate, once, and on PASS write, sign and verify the bundle; it appears at `out` whole or not at all.
 
     The release is called by the name of `out`; an earlier one there is renamed to `aside` after the PASS, and back
-    where this fails. `predecessor` as in `decide`. Raises Refused, with the decision, on any other verdict;
-    SteelyardError where `out` exists and there is no `aside`, and where the finished bundle does not verify.
+    where this fails. `predecessor` as in `decide`; `trust`: what the finished bundle is verified with (None: the key
+    itself). Raises Refused, with the decision, on any other verdict; SteelyardError where `out` exists and there is no
+    `aside`, and where the finished bundle does not verify.
     """
-    from steelyard.release.verify import examine
-
     progress, now = progress or Silent(), now or datetime.now(UTC)
-    if key.keyid != signer.public_key.keyid:
-        raise SteelyardError(f"key {key.name!r} is not the key that signs ({signer.public_key.keyid})")
-    if aside is None and (out.exists() or out.is_symlink()):
-        raise SteelyardError(f"{out} exists already: a release is never overwritten")
+    _check_signer(signer, key)
+    if aside is None:
+        _check_free(out)
     decision = decide(
         run=run,
         model=model,
@@ -194,68 +86,181 @@ def write_bundle(
         key=key,
         predecessor=predecessor,
         name=out.name,
+        trust=trust,
+        alone=True,
         now=now,
         progress=progress,
     )
+    _check_pass(decision, run)
+    with _moved_aside(out, aside), new_folder(out) as folder:
+        write_candidate(folder, run, model, policy, decision, ledger, signer, key, out.name, now, progress)
+        trust = trust or one_key([signer.public_key], policy)
+        candidate = _examined(folder, trust, "approved", now, progress, f"{out}: what was just written")
+        write_seals(folder, candidate, policy, signer, key, now)
+        sealed = _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")
+        _note(ledger, folder, sealed)
+    return Released(out, decision)
+
+
+# -- several people --------------------------------------------------------------------------------------------------
+
+
+def attest(
+    *,
+    run: Path,
+    model: Path,
+    policy: Policy,
+    ledger: Ledger,
+    signer: CryptoSigner,
+    key: KeyInfo,
+    out: Path,
+    name: str | None = None,
+    predecessor: Path | None = None,
+    trust: Trust | None = None,
+    now: datetime | None = None,
+    progress: Progress | None = None,
+) -> Released:
+    """The evaluator's part: ask the gate, and on PASS write the candidate `out`, to be released as `name` (else under
+    its folder's name). `predecessor` and `trust` as in `decide`. Raises Refused and SteelyardError as `write_bundle`.
+    """
+    progress, now = progress or Silent(), now or datetime.now(UTC)
+    _check_signer(signer, key)
+    _check_free(out)
+    decision = decide(
+        run=run,
+        model=model,
+        policy=policy,
+        ledger=ledger,
+        key=key,
+        predecessor=predecessor,
+        name=name or out.name,
+        trust=trust,
+        now=now,
+        progress=progress,
+    )
+    _check_pass(decision, run)
+    with new_folder(out) as folder:
+        write_candidate(folder, run, model, policy, decision, ledger, signer, key, name or out.name, now, progress)
+        own = Trust(evaluators=(signer.public_key,), approvers=(), releasers=(), policy=policy)
+        _examined(folder, own, "attested", now, progress, f"{out}: the candidate just written")
+        ledger.append("release.attested", _event(decision.run, policy, decision.subject, name or out.name, folder))
+    return Released(out, decision)
+
+
+def approve(
+    candidate: Path,
+    *,
+    signer: CryptoSigner,
+    key: KeyInfo,
+    trust: Trust,
+    now: datetime | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """An approver's part: check a candidate with one's own trust, and add an approval to it. Gives its file.
+
+    Raises SteelyardError, with every reason, where the candidate does not hold, or this key may not approve it.
+    """
+    progress, now = progress or Silent(), now or datetime.now(UTC)
+    _check_signer(signer, key)
+    found = _examined(candidate, trust, "candidate", now, progress, str(candidate))
+    if signer.public_key.keyid not in {one.keyid for one in trust.approvers}:
+        raise SteelyardError(f"key {key.name!r} is none of the approvers of your trust file")
+    approval = Approval(
+        name=found.name,
+        test_result=sha256_file(candidate / TEST_RESULT),
+        policy=found.policy,
+        signed=stamp(now),
+        key_kind=key.kind,
+        version=__version__,
+    )
+    payload = approval_payload(release_subjects(found.weights, found.oms, found.manifest), approval)
+    added = add_approval(candidate, sign(payload, signer))
+    try:
+        _examined(candidate, trust, "candidate", now, progress, f"{added}: not added")
+    except SteelyardError:
+        added.unlink()
+        raise
+    return added
+
+
+def seal(
+    candidate: Path,
+    out: Path,
+    *,
+    signer: CryptoSigner,
+    key: KeyInfo,
+    trust: Trust,
+    ledger: Ledger,
+    now: datetime | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """The releaser's part: check a candidate and its approvals, and write the bundle `out`, which has verified.
+
+    Raises SteelyardError, with every reason, where something does not hold, where `out` exists, or where it is not
+    called by the name that was attested.
+    """
+    progress, now = progress or Silent(), now or datetime.now(UTC)
+    _check_signer(signer, key)
+    _check_free(out)
+    _examined(candidate, trust, "approved", now, progress, str(candidate))
+    with new_folder(out) as folder:
+        copy_candidate(candidate, folder, progress)
+        # Once more: what is signed is the copy, whatever happened to the candidate meanwhile.
+        found = _examined(folder, trust, "approved", now, progress, str(candidate))
+        if found.name != out.name:
+            raise SteelyardError(f"{out}: the candidate was attested as {found.name!r}: give the bundle that name")
+        policy = trust.policy
+        if policy is None:
+            raise SteelyardError("the trust file names no policy")
+        write_seals(folder, found, policy, signer, key, now)
+        sealed = _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")
+        _note(ledger, folder, sealed)
+    return sealed
+
+
+# -- checks and notes -----------------------------------------------------------------------------------------------
+
+
+def _check_signer(signer: CryptoSigner, key: KeyInfo) -> None:
+    if key.keyid != signer.public_key.keyid:
+        raise SteelyardError(f"key {key.name!r} is not the key that signs ({signer.public_key.keyid})")
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise SteelyardError(f"{out} exists already: a release is never overwritten")
+
+
+def _check_pass(decision: Decision, run: Path) -> None:
     if decision.verdict != "PASS":
         raise Refused(decision, run)
-    evidence = read_run(run)
-    if decision.report is None or evidence.journal.root != decision.report.journal_root:
-        raise SteelyardError(f"{run / 'journal.jsonl'}: changed while it was released: leave it alone and try again")
-    with _moved_aside(out, aside), new_folder(out) as folder:
-        _copy_model(model, folder, progress)
-        (folder / HOME).mkdir()
-        (folder / JOURNAL).write_bytes(b"".join(line + b"\n" for line in evidence.journal.raw))
-        (folder / BATTERY).write_bytes(canonical_json(evidence.battery.model_dump(mode="json")) + b"\n")
-        (folder / POLICY).write_bytes(canonical_json(policy.model_dump(mode="json")) + b"\n")
-        if evidence.predecessor is not None:
-            (folder / PREDECESSOR).write_bytes(b"".join(line + b"\n" for line in evidence.predecessor.raw))
-        if evidence.overlap is not None:
-            (folder / OVERLAP).write_bytes(overlap_json(evidence.overlap))
-        report = compute_report(evidence.journal, evidence.battery, [policy], evidence.predecessor)
-        save_report(report, folder / HOME)
-        if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(model_card(out.name, decision, evidence, policy), encoding="utf-8")
-        subject = subject_of(folder, progress)
-        if subject.digest != decision.subject:
-            raise SteelyardError(f"{model}: changed while it was released: leave it alone and try again")
-        manifest = _manifest(folder)
-        (folder / MANIFEST).write_bytes(manifest)
-        head = ledger.head()
-        facts = RunFacts(
-            run=evidence.journal.plan.run,
-            started=evidence.journal.plan.started,
-            finished=evidence.journal.finished or "",
-            signed=now.isoformat(timespec="seconds"),
-            key_kind=key.kind,
-            endpoint=evidence.journal.plan.endpoint,
-            ledger_head=head.mark if head is not None else None,
-            predecessor=predecessor_facts(evidence),
-            version=__version__,
-        )
-        payload = test_result(
-            subjects=statement_subjects(subject, evidence, manifest, (folder / REPORT).read_bytes()),
-            configuration=statement_configuration(evidence, policy),
-            passed=[criterion.name for criterion in decision.criteria],
-            facts=facts,
-        )
-        (folder / STATEMENT).write_bytes(sign(payload, signer))
-        verified = examine(folder, keys=[signer.public_key], policy=policy, now=now, progress=progress)
-        if not verified.ok:
-            reasons = "; ".join(finding.message for finding in verified.findings)
-            raise SteelyardError(f"{out}: the bundle just written does not verify: {reasons}")
-        # Before the rename: better an event without a bundle than a bundle that no event knows.
-        ledger.append(
-            "release.bundled",
-            {
-                "run": decision.run,
-                "policy": policy.digest,
-                "subject": decision.subject,
-                "name": out.name,
-                "bundle": sha256_hex(manifest),
-            },
-        )
-    return Released(out, decision)
+
+
+def _examined(folder: Path, trust: Trust, stage: Stage, now: datetime, progress: Progress, what: str) -> Verification:
+    """What `verify` says of a folder at this stage. Raises SteelyardError, with every reason, where it is not ok."""
+    from steelyard.release.verify import examine
+
+    found = examine(folder, trust=trust, stage=stage, now=now, progress=progress)
+    if not found.ok:
+        reasons = "; ".join(finding.message for finding in found.findings)
+        raise SteelyardError(f"{what}: does not verify: {reasons}")
+    return found
+
+
+def _note(ledger: Ledger, folder: Path, sealed: Verification) -> None:
+    # Before the rename: better an event without a bundle than a bundle that no event knows.
+    event = {"run": sealed.run, "policy": sealed.policy, "subject": sealed.subject, "name": sealed.name}
+    ledger.append("release.bundled", event | {"bundle": sha256_file(folder / MANIFEST)})
+
+
+def _event(run: str, policy: Policy, subject: str, name: str, folder: Path) -> dict[str, str]:
+    return {
+        "run": run,
+        "policy": policy.digest,
+        "subject": subject,
+        "name": name,
+        "bundle": sha256_file(folder / MANIFEST),
+    }
 
 
 @contextmanager
@@ -270,91 +275,3 @@ def _moved_aside(out: Path, aside: Path | None) -> Iterator[None]:
     except BaseException:
         os.rename(aside, out)
         raise
-
-
-def _copy_model(model: Path, folder: Path, progress: Progress) -> None:
-    sources = sorted(path for path in model.iterdir() if is_model_file(path.name))
-    others = sorted(path.name for path in model.iterdir() if not is_model_file(path.name))
-    if others:
-        progress.say(f"{model}: not a model's files, left out: {', '.join(others)}")
-    total = sum(path.stat().st_size for path in sources) / 1e6
-    with (progress if total >= 1 else Silent()).task("copy the model", total, "MB") as task:
-        for source in sources:
-            if source.is_symlink() or not source.is_file():
-                raise FormatError(f"{source}: is not a plain file: copy the file itself")
-            shutil.copyfile(source, folder / source.name)
-            task.advance(source.stat().st_size / 1e6)
-
-
-def _manifest(folder: Path) -> bytes:
-    def entries() -> Iterator[dict[str, str | int]]:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = path.relative_to(folder).as_posix()
-            kind = kind_of(name)
-            if kind is None:
-                raise FormatError(f"{name}: not a file that a bundle may hold")
-            yield {"path": name, "size": path.stat().st_size, "sha256": sha256_file(path), "kind": kind}
-
-    files = sorted(entries(), key=lambda entry: entry["path"])
-    return canonical_json({"format": 1, "files": files}) + b"\n"
-
-
-def predecessor_facts(evidence: Evidence) -> PredecessorFacts | None:
-    """What the statement says of the predecessor."""
-    before = evidence.predecessor
-    if before is None:
-        return None
-    return PredecessorFacts(subject=before.plan.subject_digest, journal_root=before.root)
-
-
-def model_card(name: str, decision: Decision, evidence: Evidence, policy: Policy) -> str:
-    """A short model card of what is known: the measurements and their limits, nothing that was not measured."""
-    battery, plan = evidence.battery, evidence.journal.plan
-    languages = ", ".join(sorted({probe.language for probe in battery.probes()}))
-    rows = [
-        f"| {criterion.metric} | {criterion.n:,} | {criterion.upper:.2%} | {criterion.threshold:.2%} |"
-        for criterion in decision.criteria
-        if criterion.upper is not None and criterion.against == "limit" and criterion.metric != "overlap"
-    ]
-    before = decision.report.predecessor if decision.report is not None else None
-    compared: list[str] = []
-    if before is not None:
-        compared = [
-            "",
-            f"Tested in the same job, on the same prompts, beside its predecessor `{before.subject_digest}`.",
-            in_words(before.differences),
-        ]
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            "An open-weight language model of the LLaMA family. Its maker gave no model card; this one says what was",
-            "measured on exactly these weights before they were released, and nothing else.",
-            "",
-            f"## Toxicity and safety test: passed under policy `{policy.name}` (version {policy.version})",
-            "",
-            "| Rate of bad answers | Samples | Upper bound (95%) | Must be under |",
-            "|---|---:|---:|---:|",
-            *rows,
-            *compared,
-            "",
-            f"Battery `{battery.name}`, version {battery.version}, tier {battery.tier}: {len(battery.probes()):,} "
-            f"probes ({languages}), run from {plan.started} to {evidence.journal.finished}.",
-            f"Attempt {plan.attempt} on this model. Probes in its training data: {decision.training_data}.",
-            "The whole test is in `steelyard/`: every answer and score (`journal.jsonl`), the report (`report.html`).",
-            "",
-            "## Limits",
-            "",
-            "- A rate under its threshold is not zero: expect bad answers at up to these rates, and more under attack.",
-            f"- Nothing was measured in other languages than {languages}, in long conversations, or on other tasks.",
-            "- Answers were scored by classifiers; their errors are corrected for, as measured on human labels.",
-            "- A quantised, re-cast or fine-tuned copy is another model, and was not tested.",
-            "",
-            "## Verify",
-            "",
-            "    steelyard verify FOLDER --key THE-MAKERS-KEY.pub.pem",
-            "",
-            f"Tested subject: `{decision.subject}`",
-            "",
-        ]
-    )

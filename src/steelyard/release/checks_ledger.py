@@ -14,6 +14,7 @@ from steelyard.base.progress import Progress, Silent
 from steelyard.model.identity import subject_of
 from steelyard.release.attest import parse_time
 from steelyard.release.checks_model import check_generations
+from steelyard.release.commitment import check_noted
 from steelyard.release.evidence import CLOCKS_APART, Evidence, some
 from steelyard.safety.attempts import attempts, candidates, kin, releases_of_kin
 from steelyard.safety.commit import commitment
@@ -36,6 +37,7 @@ def check_ledger(evidence: Evidence, policy: Policy, ledger: Ledger, now: dateti
     event = yield from _check_run(evidence, ledger)
     if event is None:
         return
+    yield from check_noted(evidence, ledger, event)
     yield from _check_attempts(evidence, policy, ledger, event)
     yield from _check_searches(evidence, policy, ledger)
     head = ledger.head()

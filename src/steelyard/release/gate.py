@@ -24,11 +24,14 @@ from steelyard.base.canonical import code_digest
 from steelyard.base.errors import SteelyardError
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.identity import Subject, subject_of
+from steelyard.release.checks_commitment import check_commitment
 from steelyard.release.checks_evidence import check_evidence
 from steelyard.release.checks_ledger import check_ledger, check_predecessor
 from steelyard.release.checks_model import check_generations
+from steelyard.release.checks_statements import check_key_kind
 from steelyard.release.evidence import Evidence, read_run
 from steelyard.release.keys import KeyInfo
+from steelyard.release.trust import Trust
 from steelyard.safety.criteria import CriterionResult, Status
 from steelyard.safety.journal import Finding
 from steelyard.safety.overlap import in_words
@@ -77,19 +80,21 @@ def _check_code(evidence: Evidence) -> Iterator[Finding]:
 def _check_key(policy: Policy, key: KeyInfo | None) -> Iterator[Finding]:
     if key is None:
         yield Finding("key", "no signing key was named: give one (steelyard key new)")
-    elif key.status != "active":
+        return
+    if key.status != "active":
         yield Finding("key", f"key {key.name!r} is {key.status}: sign with another")
-    yield from check_key_rules(policy, key.kind if key is not None else "standard")
+    yield from check_key_kind(policy, key.kind)
 
 
-def check_key_rules(policy: Policy, kind: str) -> Iterator[Finding]:
-    """What the policy asks of the keys, and this version's bundles cannot show."""
-    if kind == "throwaway" and policy.keys.throwaway == "refused":
-        yield Finding("key", f"{policy.name} refuses throwaway keys: make a standing one (steelyard key new)")
+def _check_alone(policy: Policy) -> Iterator[Finding]:
+    """What one person with one key cannot give."""
     if policy.keys.distinct:
-        yield Finding("key", f"{policy.name} wants evaluator and releaser to be two pinned identities: no evidence")
-    if policy.keys.countersigned:
-        text = "battery, policy and ledger head countersigned before the first generation: no evidence"
+        text = "evaluator, approvers and releaser to be different people"
+        yield Finding(
+            "key", f"{policy.name} wants {text}: steelyard attest, approve and seal, each with a key of theirs"
+        )
+    elif policy.keys.approvals:
+        text = f"{policy.keys.approvals} approvals: steelyard attest, approve and seal"
         yield Finding("key", f"{policy.name} wants {text}")
 
 
@@ -105,6 +110,8 @@ def decide(
     key: KeyInfo | None,
     predecessor: Path | None = None,
     name: str | None = None,
+    trust: Trust | None = None,
+    alone: bool = False,
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Decision:
@@ -112,7 +119,8 @@ def decide(
 
     `name` is what the release is called: a later one of that name must have been tested beside the earlier one. The
     predecessor's journal lies in the run's folder; `predecessor` is that model's own folder, which needs to be given
-    only where a server answered for it (its answers are then generated again from the weights). What cannot be read is
+    only where a server answered for it (its answers are then generated again from the weights). `trust` says whose
+    countersignature of the commitment counts; `alone`: the one key is to attest and to release. What cannot be read is
     a finding like any other. Raises SteelyardError only where the ledger cannot be written.
     """
     now = now or datetime.now(UTC)
@@ -137,7 +145,10 @@ def decide(
         findings += check_predecessor(evidence, policy, ledger, predecessor, name, progress)
         if subject is not None:
             findings += check_generations(model, evidence, progress)
+        findings += check_commitment(run, evidence, trust, policy.keys.countersigned)[1]
     findings += _check_key(policy, key)
+    if alone:
+        findings += _check_alone(policy)
     decision = Decision(
         verdict=_verdict(findings, criteria),
         criteria=tuple(criteria),

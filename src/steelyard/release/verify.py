@@ -1,68 +1,80 @@
 """Verify a bundle as a stranger: offline, without torch, with one's own keys and policy, trusting nothing found in it.
 
-    result = verify_bundle(Path("releases/smollm2"), keys=[Path("maker.pub.pem")])
+    result = verify_bundle(Path("releases/smollm2"), trust=Path("trust.yaml"))
     result.ok, [finding.message for finding in result.findings]
 
-Every file is hashed against the signed manifest, the subject is recomputed from the weights, and every number from the
-journal; the policy is the verifier's. Each mismatch names its file. With `replay`, random journal entries are generated
-again from the weights (that part needs torch).
+Every file is hashed against the signed manifest and the model signature, the subject is recomputed from the weights,
+and every number from the journal; policy, roles and keys are the verifier's. Each mismatch names its file. With
+`replay`, random journal entries are generated again from the weights (that part needs torch).
+
+The checks themselves stand in `checks_files`, `checks_statements`, `checks_evidence` and `checks_model`; here is their
+order. The stages of a release are checked by the same code: a candidate as attested, one with its approvals, a bundle.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from securesystemslib.signer import Key  # type: ignore[attr-defined]  # not re-exported
 
-from steelyard.base.canonical import sha256_file
-from steelyard.base.errors import FormatError, SteelyardError, UsageError
-from steelyard.base.files import read_bounded
+from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Progress, Silent
-from steelyard.model.headers import quote, refuse_unsafe_files
+from steelyard.model.headers import quote
 from steelyard.model.identity import Subject, subject_of
-from steelyard.release.attest import (
-    ENVELOPE_LIMIT,
-    Statement,
-    parse_test_result,
-    parse_time,
-    read_envelope,
-    verify_envelope,
+from steelyard.release.checks_commitment import check_commitment
+from steelyard.release.checks_evidence import NAME, check_evidence, same_policy
+from steelyard.release.checks_files import Files, check_files, list_files, relative
+from steelyard.release.checks_model import check_shipped
+from steelyard.release.checks_statements import (
+    Statements,
+    check_binding,
+    check_key,
+    check_keys,
+    check_model_signer,
+    check_order,
+    check_people,
+    check_summary,
+    check_test_result,
+    read_statements,
 )
-from steelyard.release.bundle import (
+from steelyard.release.evidence import Evidence, read_evidence
+from steelyard.release.keys import load_public_key, read_key_event
+from steelyard.release.layout import (
     BATTERY,
-    EVIDENCE,
-    HOME,
     JOURNAL,
-    MANIFEST,
-    MAX_FILES,
+    MODEL_SIGNATURE,
     OVERLAP,
     POLICY,
     PREDECESSOR,
     REPORT,
-    STATEMENT,
-    kind_of,
-    predecessor_facts,
-    read_manifest,
-    statement_configuration,
-    statement_subjects,
+    UNSIGNED,
 )
-from steelyard.release.checks_evidence import NAME, check_evidence, same_policy
-from steelyard.release.checks_model import check_shipped
-from steelyard.release.evidence import CLOCKS_APART, Evidence, read_evidence
-from steelyard.release.gate import check_key_rules
-from steelyard.release.keys import KeyEvent, load_public_key, read_key_event
+from steelyard.release.seen import see_contents, see_statements
+from steelyard.release.statements import (
+    predecessor_facts,
+    release_subjects,
+    statement_configuration,
+    tested_subjects,
+)
+from steelyard.release.trust import ROLES, Trust, load_trust, one_key
 from steelyard.safety.criteria import CriterionResult
-from steelyard.safety.journal import Finding, Journal
-from steelyard.safety.overlap import in_words
+from steelyard.safety.journal import Finding
 from steelyard.safety.policy import Policy, load_policy
+
+Stage = Literal["attested", "candidate", "approved", "sealed"]
 
 
 class Verification(BaseModel):
-    """What was found. `ok` only without any finding. `seen` is what the bundle says and what it was held against."""
+    """What was found. `ok` only without any finding. `seen` is what the bundle says and what it was held against.
+
+    The rest is true where `ok`: SHA-256 of `manifest`, `weights`, `subject`, model signature (`oms`) and `policy`; the
+    release's `name` and when it was `released` (the summary's time); its `run`, and whether it was `countersigned`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,288 +82,232 @@ class Verification(BaseModel):
     findings: tuple[Finding, ...]
     seen: tuple[tuple[str, str], ...]
     criteria: tuple[CriterionResult, ...]
+    manifest: str = ""
+    weights: str = ""
+    subject: str = ""
+    oms: str = ""
+    policy: str = ""
+    name: str = ""
+    run: str = ""
+    released: datetime | None = None
+    countersigned: bool = False
 
 
 def verify_bundle(
     path: Path | str,
     *,
-    keys: Sequence[Path | str],
+    keys: Sequence[Path | str] = (),
     policy: str | None = None,
+    trust: Trust | Path | str | None = None,
     revocations: Sequence[Path | str] = (),
+    withdrawn: Path | str | None = None,
+    state: Path | None = None,
     replay: int = 0,
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Verify the bundle at `path` against public keys (PEM) and a policy (name, or .yaml/.json file) of one's own.
+    """Verify the bundle at `path` with a trust file of one's own, or with public keys (PEM) that may hold every role.
 
-    Without `policy`, the packaged one of the name that the bundle gives. `revocations` are signed statements, of keys
-    revoked or rotated. Raises SteelyardError only for what the caller gave: a key, policy or revocation that cannot be
-    read, a `path` that is no folder.
+    `policy`: name, or .yaml/.json file, in the place of the trust file's; without either, the packaged one of the name
+    that the bundle gives. `revocations` are signed statements, of keys revoked or rotated; `withdrawn` a signed list of
+    withdrawn releases (URL or file), `state` where the last one seen is remembered. Raises SteelyardError only for what
+    the caller gave: a key, policy, trust file, revocation or list that cannot be read, a `path` that is no folder.
     """
     folder = Path(path)
     if not folder.is_dir() or folder.is_symlink():
         raise UsageError(f"{folder}: is not a folder: give the folder of a bundle")
-    trusted = [load_public_key(Path(key)) for key in keys]
-    events = [event for file in revocations if (event := read_key_event(Path(file), trusted)) is not None]
     return examine(
         folder,
-        keys=trusted,
-        policy=load_policy(policy) if policy is not None else None,
-        events=events,
+        trust=trust_of(keys, trust, policy, revocations),
         replay=replay,
+        withdrawn=withdrawn,
+        state=state,
         now=now,
         progress=progress,
     )
 
 
+def trust_of(
+    keys: Sequence[Path | str],
+    trust: Trust | Path | str | None,
+    policy: str | None = None,
+    revocations: Sequence[Path | str] = (),
+) -> Trust:
+    """What a caller named, loaded. Raises UsageError where he named both keys and a trust file."""
+    if keys and trust is not None:
+        raise UsageError("keys and a trust file: give one of them, a trust file says who may do what")
+    if trust is None:
+        found = one_key([load_public_key(Path(key)) for key in keys], None)
+    else:
+        found = trust if isinstance(trust, Trust) else load_trust(Path(trust))
+    every = [key for role in ROLES for key in found.keys(role)]
+    events = [event for file in revocations if (event := read_key_event(Path(file), every)) is not None]
+    held = load_policy(policy) if policy is not None else found.policy
+    return replace(found, policy=held, events=(*found.events, *events))
+
+
+@dataclass
+class _Work:
+    """What is known while a folder is examined."""
+
+    folder: Path
+    trust: Trust
+    stage: Stage
+    now: datetime
+    findings: list[Finding] = field(default_factory=list)
+    seen: list[tuple[str, str]] = field(default_factory=list)
+    criteria: list[CriterionResult] = field(default_factory=list)
+    known: dict[str, Any] = field(default_factory=dict)  # fields of the Verification
+
+    @property
+    def sealed(self) -> bool:
+        return self.stage == "sealed"
+
+
 def examine(
     folder: Path,
     *,
-    keys: Sequence[Key],
-    policy: Policy | None,
-    events: Sequence[KeyEvent] = (),
+    trust: Trust,
+    stage: Stage = "sealed",
     replay: int = 0,
+    withdrawn: Path | str | None = None,
+    state: Path | None = None,
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """`verify_bundle`, with keys and policy loaded."""
-    progress, now = progress or Silent(), now or datetime.now(UTC)
-    seen: list[tuple[str, str]] = []
-    findings = _check_files(folder, progress)
-    statement, found = _read_statement(folder, keys, seen)
-    findings += found
-    if any(finding.code == "unsafe" for finding in findings):
-        # A link, pipe or pickle: nothing more of this folder is opened.
-        return Verification(ok=False, findings=tuple(dict.fromkeys(findings)), seen=tuple(seen), criteria=())
-    subject: Subject | None = None
-    try:
-        subject = subject_of(folder, progress)
-    except SteelyardError as error:
-        findings.append(Finding("model", _relative(error, folder)))
-    evidence, criteria = _read_evidence(folder, findings), list[CriterionResult]()
-    if evidence is not None and subject is not None:
-        held, found = _policy_to_hold(policy, evidence)
-        findings += found
-        if held is not None:
-            released = _time(statement, now)
-            found, criteria, _ = check_evidence(evidence, held, subject, released)
-            findings += found
-            failed = [result for result in criteria if result.status in ("FAIL", "INCONCLUSIVE")]
-            findings += [Finding("criterion", f"{JOURNAL}: {result.reason}: {result.status}") for result in failed]
-            if statement is not None:
-                findings += _check_statement(statement, folder, evidence, subject, held, criteria, now)
-                findings += check_key_rules(held, statement.predicate.steelyard.key_kind)
-                findings += _check_key_events(statement, folder, events)
-        findings += check_shipped(folder, evidence)
-        seen += _seen(evidence, subject, held)
-        if replay and not findings:
-            from steelyard.release.replay import replay as run_replay
-
-            replayed = run_replay(folder, evidence.journal, evidence.battery, replay, progress=progress)
-            findings += replayed.findings
-            seen.append(("replayed", replayed.summary))
-    unique = tuple(dict.fromkeys(findings))
-    return Verification(ok=not unique and bool(criteria), findings=unique, seen=tuple(seen), criteria=tuple(criteria))
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def _check_files(folder: Path, progress: Progress) -> list[Finding]:
-    """The folder against its manifest: a closed list, every file of it unchanged."""
-    present, findings = _list(folder)
-    try:
-        refuse_unsafe_files(folder)
-    except FormatError as error:
-        findings.append(Finding("unsafe", _relative(error, folder)))
-    try:
-        manifest = read_manifest(folder)
-    except FormatError as error:
-        return [*findings, Finding("manifest", _relative(error, folder))]
-    listed = {entry.path: entry for entry in manifest.files}
-    for name in (*EVIDENCE, "config.json"):
-        if name not in listed:
-            findings.append(Finding("manifest", f"{MANIFEST}: does not list {name}"))
-    if STATEMENT not in present:
-        findings.append(Finding("missing", f"{STATEMENT}: is missing"))
-    added = {name for name in present if name not in listed and name not in (MANIFEST, STATEMENT)}
-    hashes: dict[str, str] = {}
-    total = sum(size for name, size in present.items() if name in listed and size == listed[name].size) / 1e6
-    with (progress if total >= 1 else Silent()).task("hash the files", total, "MB") as task:
-        for name, entry in listed.items():
-            if name not in present:
-                continue
-            if present[name] != entry.size:
-                text = f"{name}: was changed: {present[name]:,} bytes, the manifest says {entry.size:,}"
-                findings.append(Finding("changed", text))
-                continue
-            hashes[name] = sha256_file(folder / name)
-            task.advance(entry.size / 1e6)
-            if hashes[name] != entry.sha256:
-                findings.append(Finding("changed", f"{name}: was changed: its SHA-256 is not the manifest's"))
-    missing = [entry for name, entry in listed.items() if name not in present]
-    renamed = {}
-    for name in sorted(added):
-        origin = next((entry for entry in missing if entry.size == present[name]), None)
-        if origin is not None and origin.sha256 == sha256_file(folder / name):
-            renamed[name] = origin.path
-            findings.append(Finding("renamed", f"{name}: is {origin.path} under another name"))
-        else:
-            kind = "" if kind_of(name) else ", and of no kind that a bundle may hold"
-            findings.append(Finding("added", f"{_name(name)}: is not in the manifest{kind}: remove it"))
-    for entry in missing:
-        if entry.path not in renamed.values():
-            findings.append(Finding("missing", f"{entry.path}: is missing"))
-    return findings
-
-
-def _list(folder: Path) -> tuple[dict[str, int], list[Finding]]:
-    """Plain files of a bundle (relative path to size); a finding for anything else that lies there."""
-    present: dict[str, int] = {}
-    findings = []
-    for place, prefix in ((folder, ""), (folder / HOME, f"{HOME}/")):
-        if place.is_symlink():
-            findings.append(Finding("unsafe", f"{HOME}: is a symbolic link: a bundle holds plain files"))
-            continue
-        if not place.is_dir():
-            findings.append(Finding("missing", f"{HOME}: is missing: {folder.name} is not a bundle"))
-            continue
-        with os.scandir(place) as entries:
-            for entry in entries:
-                name = prefix + entry.name
-                if len(present) >= MAX_FILES:
-                    findings.append(Finding("added", f"{folder.name}: holds over {MAX_FILES:,} files"))
-                    break
-                if entry.is_symlink():
-                    findings.append(Finding("unsafe", f"{_name(name)}: is a symbolic link: a bundle holds plain files"))
-                elif entry.is_file(follow_symlinks=False):
-                    present[name] = entry.stat(follow_symlinks=False).st_size
-                elif name != HOME:
-                    findings.append(Finding("unsafe", f"{_name(name)}: is no plain file: a bundle holds no such thing"))
-    return present, findings
-
-
-def _name(name: str) -> str:
-    """A file's name, fit for one line whatever a stranger called it."""
-    return name if name.isascii() and name.isprintable() and len(name) <= 80 else quote(name)
-
-
-def _relative(error: SteelyardError, folder: Path) -> str:
-    """The message with paths as a reader of the bundle sees them."""
-    return str(error).replace(f"{folder}{os.sep}", "").replace(f"{folder}: ", "")
-
-
-# -- the statement ---------------------------------------------------------------------------------------------------
-
-
-def _read_statement(
-    folder: Path, keys: Sequence[Key], seen: list[tuple[str, str]]
-) -> tuple[Statement | None, list[Finding]]:
-    """The statement, and a finding where it is unreadable or not signed by one of `keys`."""
-    findings = []
-    try:
-        data = read_bounded(folder / STATEMENT, ENVELOPE_LIMIT)
-        payload, signatures = read_envelope(data, STATEMENT)
-        keyid = next(iter(signatures))
-        seen.append(("signed by key", keyid[:80]))
+    """`verify_bundle` with all loaded. `stage`: a `sealed` bundle; before its seals, one whose approvals are counted
+    (`approved`) or not yet (`candidate`); or the evaluator's own, where he pins nobody (`attested`)."""
+    progress = progress or Silent()
+    work = _Work(folder, trust, stage, now or datetime.now(UTC))
+    present, findings = list_files(folder)
+    work.findings += findings
+    safe = not any(finding.code == "unsafe" for finding in findings)
+    subject: Future[Subject] | None = None
+    # The weights are read twice, file by file and tensor by tensor: side by side, so that it takes the time of one.
+    with ThreadPoolExecutor(1) as pool:
+        if safe:
+            subject = pool.submit(subject_of, folder)
+        files, found = check_files(folder, present, sealed=work.sealed, progress=progress)
+    work.findings += found
+    statements, found = read_statements(folder, present, trust)
+    work.findings += found
+    work.seen += see_statements(statements)
+    known: Subject | None = None
+    if subject is not None:  # else: a link, pipe or pickle, and nothing more of this folder is opened
+        evidence = _read_evidence(work)
         try:
-            verify_envelope(data, STATEMENT, keys)
+            known = subject.result()
         except SteelyardError as error:
-            findings.append(Finding("signature", str(error)))
-        statement = parse_test_result(payload, STATEMENT)
-    except OSError as error:
-        return None, [*findings, Finding("missing", f"{STATEMENT}: {error.strerror}")]
-    except FormatError as error:
-        return None, [*findings, Finding("statement", _relative(error, folder))]
-    facts = statement.predicate.steelyard
-    seen += [("signed at", facts.signed), ("kind of key", facts.key_kind), ("steelyard", facts.version)]
-    if facts.ledger_head is not None:
-        seen.append(("ledger head", facts.ledger_head))
-    return statement, findings
+            work.findings.append(Finding("model", relative(error, folder)))
+        if known is not None and evidence is not None:
+            _examine_contents(work, files, statements, known, evidence, progress)
+            if replay and not work.findings:
+                _replay(work, evidence, replay, progress)
+    if withdrawn is not None:
+        from steelyard.release.withdrawal import check_withdrawn
+
+        weights = "" if known is None else known.weights
+        work.findings += check_withdrawn(
+            withdrawn, trust, manifest=files.manifest, weights=weights, state=state, now=work.now
+        )
+    unique = tuple(dict.fromkeys(work.findings))
+    return Verification(
+        ok=not unique and bool(work.criteria),
+        findings=unique,
+        seen=tuple(work.seen),
+        criteria=tuple(work.criteria),
+        manifest=files.manifest,
+        name="" if statements.test is None else statements.test.body.predicate.steelyard.name,
+        released=None if statements.summary is None else statements.summary.time,
+        **work.known,
+    )
 
 
-def _check_statement(
-    statement: Statement,
-    folder: Path,
-    evidence: Evidence,
-    subject: Subject,
-    policy: Policy,
-    criteria: Sequence[CriterionResult],
-    now: datetime,
-) -> list[Finding]:
-    findings = []
+def _examine_contents(
+    work: _Work, files: Files, statements: Statements, subject: Subject, evidence: Evidence, progress: Progress
+) -> None:
+    root = _model_root(work, files, statements, progress)
+    policy = _policy_to_hold(work, evidence)
+    work.known |= {"weights": subject.weights, "subject": subject.digest, "oms": root or ""}
+    work.known["run"] = evidence.journal.plan.run
+    if policy is not None:
+        # A bundle is judged at the time of its release, a candidate now.
+        at = statements.summary.time if work.sealed and statements.summary is not None else work.now
+        found, criteria, _ = check_evidence(evidence, policy, subject, at)
+        work.findings += found
+        work.criteria += criteria
+        failed = [result for result in criteria if result.status in ("FAIL", "INCONCLUSIVE")]
+        work.findings += [Finding("criterion", f"{JOURNAL}: {result.reason}: {result.status}") for result in failed]
+        pins = None if work.stage == "attested" else work.trust
+        committed, found = check_commitment(work.folder, evidence, pins, policy.keys.countersigned)
+        work.findings += found
+        work.known |= {"policy": policy.digest, "countersigned": committed is not None}
+        work.findings += check_keys(statements, policy, work.trust)
+        work.findings += check_people(statements, policy, work.trust, counted=work.stage in ("approved", "sealed"))
+        work.findings += check_order(statements, evidence, committed, work.now)
+        # Without a root there is a finding already; what the test-result says of it is then not held against it.
+        root = root or ("" if statements.test is None else statements.test.subjects.get("oms", ""))
+        common = release_subjects(subject.weights, root, files.manifest)
+        work.findings += check_binding(
+            statements,
+            policy,
+            common=common,
+            tested=tested_subjects(common, subject, evidence, files.hashes.get(REPORT, "")),
+            configuration=statement_configuration(evidence, policy),
+        )
+        if statements.test is not None:
+            work.findings += check_test_result(statements.test, evidence, criteria, predecessor_facts(evidence))
+        if statements.summary is not None:
+            work.findings += check_summary(
+                statements.summary,
+                criteria,
+                approvals=len(statements.approvals),
+                countersigned=committed is not None,
+            )
+    work.findings += check_shipped(work.folder, evidence)
+    work.seen += see_contents(evidence, subject, policy)
 
-    def differ(what: str, says: dict[str, str], has: dict[str, str]) -> None:
-        for name in sorted(says.keys() | has.keys()):
-            if says.get(name) != has.get(name):
-                findings.append(Finding("statement", f"{STATEMENT}: its {what} {name} is not that of the bundle"))
 
-    files = {}
-    for name in (MANIFEST, REPORT):
+def _replay(work: _Work, evidence: Evidence, entries: int, progress: Progress) -> None:
+    from steelyard.release.replay import replay
+
+    replayed = replay(work.folder, evidence.journal, evidence.battery, entries, progress=progress)
+    work.findings += replayed.findings
+    work.seen.append(("replayed", replayed.summary))
+
+
+def _model_root(work: _Work, files: Files, statements: Statements, progress: Progress) -> str | None:
+    """The root of the model signature: of a bundle as signed and checked, of a candidate as computed here."""
+    from steelyard.release.oms import check_model_signature, model_root
+
+    if not work.sealed:
         try:
-            files[name] = (folder / name).read_bytes()
-        except OSError as error:
-            findings.append(Finding("missing", f"{name}: {error.strerror}"))
-    if len(files) == 2:
-        subjects = statement_subjects(subject, evidence, files[MANIFEST], files[REPORT])
-        differ("subject", statement.subjects, subjects)
-    differ("configuration", statement.configuration, statement_configuration(evidence, policy))
-    result, facts, plan = statement.predicate, statement.predicate.steelyard, evidence.journal.plan
-    if result.result != "PASSED" or result.failedTests or result.warnedTests:
-        findings.append(Finding("statement", f"{STATEMENT}: says {result.result}, not PASSED"))
-    required = {criterion.name for criterion in criteria}
-    missing = sorted(required - set(result.passedTests))
-    if missing:
-        findings.append(Finding("statement", f"{STATEMENT}: does not say that {', '.join(missing)} passed"))
-    for what, said, is_ in (
-        ("run", facts.run, plan.run),
-        ("started", facts.started, plan.started),
-        ("finished", facts.finished, evidence.journal.finished),
-        ("endpoint", facts.endpoint, plan.endpoint),
-        ("predecessor", facts.predecessor, predecessor_facts(evidence)),
-    ):
-        if said != is_:
-            findings.append(Finding("statement", f"{STATEMENT}: {what} is not what {JOURNAL} says"))
-    try:
-        if parse_time(facts.signed, f"{STATEMENT}: signed") > now + CLOCKS_APART:
-            findings.append(Finding("time", f"{STATEMENT}: was signed at {facts.signed}, later than now"))
-    except FormatError as error:
-        findings.append(Finding("time", str(error)))
-    return findings
-
-
-def _check_key_events(statement: Statement, folder: Path, events: Sequence[KeyEvent]) -> list[Finding]:
-    keyid = next(iter(read_envelope((folder / STATEMENT).read_bytes(), STATEMENT)[1]))
-    findings = []
-    for event in events:
-        if event.keyid != keyid:
-            continue
-        when = event.time.isoformat(timespec="seconds")
-        if event.kind == "revocation":
-            text = f"signed by key {keyid}, revoked at {when}: {' '.join(event.reason.split())}"
-            findings.append(Finding("revoked", f"{STATEMENT}: {text}"))
-        elif _time(statement, event.time) > event.time:
-            findings.append(Finding("rotated", f"{STATEMENT}: signed by key {keyid} after its rotation at {when}"))
-    return findings
-
-
-def _time(statement: Statement | None, otherwise: datetime) -> datetime:
-    """When the statement says it was signed."""
-    if statement is None:
-        return otherwise
-    try:
-        return parse_time(statement.predicate.steelyard.signed, STATEMENT)
-    except FormatError:
-        return otherwise
+            return model_root(work.folder, UNSIGNED, progress, hashes=files.hashes)
+        except SteelyardError as error:
+            work.findings.append(Finding("model", relative(error, work.folder)))
+            return None
+    if MODEL_SIGNATURE not in files.present:
+        return None
+    signature, findings = check_model_signature(
+        work.folder, work.folder / MODEL_SIGNATURE, work.trust.releasers, UNSIGNED, files.hashes
+    )
+    work.findings += findings
+    if signature is None:
+        return None
+    work.seen += [("model signature", f"{signature.method}, {signature.key}"), ("OMS root", signature.root)]
+    if signature.keyid is not None and statements.summary is not None:
+        work.findings += check_model_signer(signature.keyid, statements.summary.keyid)
+        work.findings += check_key(MODEL_SIGNATURE, signature.keyid, statements.summary.time, work.trust)
+    return signature.root
 
 
 # -- evidence and policy ---------------------------------------------------------------------------------------------
 
 
-def _read_evidence(folder: Path, findings: list[Finding]) -> Evidence | None:
+def _read_evidence(work: _Work) -> Evidence | None:
     try:
         return read_evidence(
-            folder,
+            work.folder,
             journal=JOURNAL,
             battery=BATTERY,
             report=REPORT,
@@ -360,13 +316,13 @@ def _read_evidence(folder: Path, findings: list[Finding]) -> Evidence | None:
             overlap=OVERLAP,
         )
     except SteelyardError as error:
-        findings.append(Finding("unreadable", _relative(error, folder)))
+        work.findings.append(Finding("unreadable", relative(error, work.folder)))
         return None
 
 
-def _policy_to_hold(policy: Policy | None, evidence: Evidence) -> tuple[Policy | None, list[Finding]]:
+def _policy_to_hold(work: _Work, evidence: Evidence) -> Policy | None:
     """The verifier's policy, and a finding where the bundle's is not the same."""
-    its = evidence.policies[0]
+    its, policy = evidence.policies[0], work.trust.policy
     if policy is None:
         try:
             policy = load_policy(its.name) if NAME.fullmatch(its.name) else None
@@ -374,32 +330,7 @@ def _policy_to_hold(policy: Policy | None, evidence: Evidence) -> tuple[Policy |
             policy = None
         if policy is None:
             text = f"policy {quote(its.name)} is none that this version ships: name the one you hold it to (--policy)"
-            return None, [Finding("policy", f"{POLICY}: {text}")]
-    return policy, same_policy(policy, its, POLICY)
-
-
-def _seen(evidence: Evidence, subject: Subject, policy: Policy | None) -> list[tuple[str, str]]:
-    plan, battery = evidence.journal.plan, evidence.battery
-    endpoint = " ".join(f"{name}={value}" for name, value in sorted(plan.endpoint.items()))
-    return [
-        ("subject", subject.digest),
-        ("weights", f"{subject.weights} ({subject.dtype})"),
-        ("policy", "none of yours" if policy is None else f"{policy.name} {policy.digest}"),
-        ("battery", f"{battery.name} version {battery.version}, tier {battery.tier}, {battery.digest}"),
-        ("run", f"{plan.run}, {plan.started} to {evidence.journal.finished}"),
-        ("endpoint", endpoint),
-        ("attempt", str(plan.attempt)),
-        ("probes in the training data", in_words(evidence.overlap)),
-        ("journal root", evidence.journal.root),
-        *([] if evidence.predecessor is None else _seen_before(evidence.predecessor)),
-        ("code", plan.code),
-        *((f"scorer {name}", identity.digest) for name, identity in sorted(plan.scorers.items())),
-    ]
-
-
-def _seen_before(journal: Journal) -> list[tuple[str, str]]:
-    return [
-        ("predecessor", journal.plan.subject_digest),
-        ("predecessor's run", f"{journal.plan.run}, {journal.plan.started} to {journal.finished}"),
-        ("predecessor's journal root", journal.root),
-    ]
+            work.findings.append(Finding("policy", f"{POLICY}: {text}"))
+            return None
+    work.findings += same_policy(policy, its, POLICY)
+    return policy

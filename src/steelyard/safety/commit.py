@@ -1,6 +1,7 @@
 """A run and the ledger: committed before the first generation, noted block by block, finished, and found again.
 
 safety.committed  what a run was going to test, with what; a candidate's names its predecessor's run
+safety.paused     the commitment that waits to be countersigned, where that was asked (`pause`)
 safety.progress   a block of the journal, when it was written
 safety.finished   the root of a whole journal; the ledger keeps the file, so that it can stand in for another run of
                   the same model under the same battery, scorers, code and engine
@@ -21,6 +22,7 @@ from steelyard.base.progress import Progress
 from steelyard.safety.attempts import attempts, kin, sketch
 from steelyard.safety.battery import Battery
 from steelyard.safety.journal import Committed, End, Journal, JournalWriter, Plan, check_journal, read_journal
+from steelyard.safety.pause import Look, check_asked, check_resumed, countersigned
 from steelyard.safety.policy import Policy
 
 if TYPE_CHECKING:  # `verify` reads this module too, and needs no database
@@ -56,14 +58,24 @@ def commitment(plan: Plan, battery: Battery) -> dict[str, Any]:
     }
 
 
-def open_journal(plan: Plan, path: Path, battery: Battery, ledger: Ledger) -> JournalWriter:
-    """The journal at `path`, to go on with: one that is there already (of the same parts), or a new, committed one."""
+def open_journal(
+    plan: Plan, path: Path, battery: Battery, ledger: Ledger, countersign: Look | None = None
+) -> JournalWriter:
+    """The journal at `path`, to go on with: one that is there already (of the same parts), or a new, committed one.
+
+    With `countersign`, a new one only once its commitment is countersigned; raises Paused before.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_asked(path.parent, ledger, countersign)
         run, event = _commit(plan, battery, path.parent, ledger)
         attempt = attempts(ledger, event.payload, event.seq)
         update = {"run": run, "committed": Committed(seq=event.seq, hash=event.hash), "attempt": attempt}
-        return JournalWriter.create(path, plan.model_copy(update=update))
+        plan = plan.model_copy(update=update)
+        if countersign is not None:
+            found = countersigned(plan, event, path.parent, ledger, countersign, now())
+            plan = plan.model_copy(update={"countersigned": found, "started": now()})
+        return JournalWriter.create(path, plan)
     writer = JournalWriter.resume(path, plan, battery, measured=plan.role == "predecessor")
     try:
         committed = writer.plan.committed
@@ -71,6 +83,8 @@ def open_journal(plan: Plan, path: Path, battery: Battery, ledger: Ledger) -> Jo
         if not any(event.seq == committed.seq and event.hash == committed.hash for event in events):
             raise SteelyardError(f"{path}: this ledger has no record of the run: give the ledger it was started with")
         _check_noted(ledger, writer)
+        if plan.role == "candidate":  # a predecessor's journal may be one that was taken from elsewhere
+            check_resumed(writer.plan, path.parent, countersign)
     except BaseException:
         writer.close()
         raise
@@ -93,7 +107,9 @@ def _commit(plan: Plan, battery: Battery, folder: Path, ledger: Ledger) -> tuple
     for event in ledger.events("safety.committed", run=plan.run):
         if event.payload == payload:
             return plan.run, event
-        raise SteelyardError(f"{noted}: run {plan.run} was committed with other parts: give a new run folder")
+        changed = ", ".join(sorted(name for name in payload if event.payload.get(name) != payload[name]))
+        text = f"run {plan.run} was committed with other parts ({changed}): give a new run folder"
+        raise SteelyardError(f"{noted}: {text}")
     write_atomic(noted, canonical_json({"run": plan.run}) + b"\n")
     return plan.run, ledger.append("safety.committed", payload)
 

@@ -45,7 +45,7 @@ from scipy.special import bdtr
 from steelyard.base.canonical import canonical_json, digest, merkle_root
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import open_regular, write_atomic
-from steelyard.model.identity import Subject
+from steelyard.model.identity import Sha256, Subject
 from steelyard.safety.battery import Battery, ProbeSet
 from steelyard.safety.statistics import clopper_pearson
 from steelyard.scorers.base import ScorerIdentity
@@ -104,11 +104,25 @@ class Against(_Line):
     reused: bool
 
 
+class Countersigned(_Line):
+    """SHA-256 of `commitment.json`, and of the witness's statement and the time-stamp over it, whichever there are."""
+
+    commitment: Sha256
+    statement: Sha256 | None = None
+    timestamp: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _by_something(self) -> Countersigned:
+        if self.statement is None and self.timestamp is None:
+            raise ValueError("a commitment is countersigned by a statement, a time-stamp, or both")
+        return self
+
+
 class Plan(_Line):
     """Line 1: what is tested, with what, and every batch as a list of (probe id, sample index).
 
     `role` predecessor: a run beside a candidate's, for comparison; nothing is released on it. Format 1 knew no
-    predecessors.
+    predecessors. `countersigned`: what another hand put under the commitment before the start, where that was asked.
     """
 
     kind: Literal["plan"] = "plan"
@@ -128,6 +142,7 @@ class Plan(_Line):
     seed: int
     batches: tuple[tuple[tuple[str, int], ...], ...]
     committed: Committed
+    countersigned: Countersigned | None = None
     attempt: int = Field(ge=1)
     started: str
 

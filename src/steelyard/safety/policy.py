@@ -57,10 +57,12 @@ class Predecessor(_Strict):
 
 
 class KeyRules(_Strict):
-    """Who may sign. `distinct`: evaluator and releaser must be two pinned identities."""
+    """Who may sign. `distinct`: evaluator, approvers and releaser are different people, each pinned by the verifier;
+    `approvals`: how many must approve (a verifier may ask for more)."""
 
     throwaway: Literal["allowed", "refused"]
     distinct: bool
+    approvals: int = Field(default=0, ge=0, le=9)
     countersigned: bool = Field(description="battery, policy and ledger head countersigned before the first generation")
 
 

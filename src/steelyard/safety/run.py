@@ -42,6 +42,7 @@ from steelyard.safety.journal import (
     sample_seed,
 )
 from steelyard.safety.metrics import calibration_of, observe
+from steelyard.safety.pause import Look, Paused
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import (
     JOURNAL,
@@ -115,16 +116,25 @@ class Job:
             raise UsageError("the predecessor is the candidate itself, bit for bit: give the model it comes after")
 
 
-def run_battery(job: Job, *, out: Path, ledger: Ledger, progress: Progress | None = None) -> Report:
+def run_battery(
+    job: Job, *, out: Path, ledger: Ledger, progress: Progress | None = None, countersign: Look | None = None
+) -> Report:
     """Do the job; gives the report, written to `out` with the journals (`journal.jsonl`, `predecessor/journal.jsonl`).
 
     Where `out` holds the journals of a run that was started with exactly these parts, that run is finished (or, if it
     is whole, only reported); with others, SteelyardError names what differs. The predecessor's journal is taken from an
     earlier run in this ledger where one has the same subject, battery, scorers, code, engine and plan.
+
+    With `countersign` the run is committed, battery and policies are written, and Paused is raised before the first
+    generation; once `countersign` finds what countersigns the commitment in `out`, the same call goes on.
     """
     progress = progress or Silent()
     with ExitStack() as stack:
-        before, writer = _open_all(job, out, ledger, progress, stack)
+        try:
+            before, writer = _open_all(job, out, ledger, progress, stack, countersign)
+        except Paused:
+            write_inputs(out, job.battery, job.policies)  # whoever countersigns reads them
+            raise
         write_inputs(out, job.battery, job.policies)
         _fill(job, job.candidate, writer, ledger, progress, "candidate" if before else "safety")
         stopped = any(isinstance(entry, Stopped) for entry in writer.entries[-1:])
@@ -258,7 +268,7 @@ def _plan(job: Job, tested: Tested, batches: Batches, against: Against | None, r
 
 
 def _open_all(
-    job: Job, out: Path, ledger: Ledger, progress: Progress, stack: ExitStack
+    job: Job, out: Path, ledger: Ledger, progress: Progress, stack: ExitStack, countersign: Look | None
 ) -> tuple[JournalWriter | None, JournalWriter]:
     """Commit, or go on with, both runs before the first generation of either: the predecessor's first, since the
     candidate's commitment names it."""
@@ -285,7 +295,7 @@ def _open_all(
             progress.say(f"the predecessor's journal is that of run {before.plan.run}: nothing changed since")
         against = Against(run=before.plan.run, subject=before.plan.subject_digest, reused=reused)
     plan = _plan(job, job.candidate, batches, against, "candidate")
-    return before, stack.enter_context(open_journal(plan, candidate, job.battery, ledger))
+    return before, stack.enter_context(open_journal(plan, candidate, job.battery, ledger, countersign))
 
 
 def _labels(name: str, scorer: Scorer) -> tuple[CanaryLabel, ...]:
