@@ -1,0 +1,25 @@
+"""What verifiers write or are sent in YAML: policies, trust files, batteries. The first byte says which."""
+
+from __future__ import annotations
+
+from steelyard.base.errors import FormatError
+from steelyard.release.trust import load_trust
+from steelyard.safety.battery import load_battery
+from steelyard.safety.policy import load_policy
+
+from targets._files import put, scratch
+
+FOLDER = scratch()
+
+
+def check(data: bytes) -> None:
+    """`P`, `T` or `B`, then the file."""
+    kind, text = data[:1], data[1:]
+    if kind == b"P":
+        load_policy(str(put(FOLDER / "policy.yaml", text)))
+    elif kind == b"B":
+        load_battery(str(put(FOLDER / "battery.yaml", text)))
+    elif kind == b"T":
+        load_trust(put(FOLDER / "trust.yaml", text))
+    else:
+        raise FormatError("the first byte is P, T or B")
