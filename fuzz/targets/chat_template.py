@@ -11,12 +11,12 @@ import jinja2
 from steelyard.base.errors import FormatError
 from steelyard.model.chat import ChatTemplate, template_text
 from steelyard.model.template_worker import ENVIRONMENT
-
 from targets._files import put, scratch
 
 FOLDER = scratch()
 MESSAGES = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."})
 LOOPS = ("range", "**", "recursive", "*")
+SHAPE = "bytes"
 
 
 def check(data: bytes) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from steelyard.release.attest import SignatureError, read_envelope, verify_envelope
 
+SHAPE = "json"
+
 
 def check(data: bytes) -> None:
     """Nothing verifies without a key."""

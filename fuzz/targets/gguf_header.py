@@ -5,11 +5,11 @@ from __future__ import annotations
 from steelyard.model import gguf
 from steelyard.model.gguf_tokenizer import read_tokenizer
 from steelyard.model.headers import GGUFArray, scan_gguf
-
 from targets._files import put, scratch
 
 PLACE = scratch() / "model.gguf"
 _STRING = 8
+SHAPE = "bytes"
 
 
 def check(data: bytes) -> None:

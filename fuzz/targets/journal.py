@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from steelyard.safety.journal import below_card, identical_samples, read_journal, tally_canaries
-
 from targets._files import put, scratch
 
 PLACE = scratch() / "journal.jsonl"
+SHAPE = "lines"
 
 
 def check(data: bytes) -> None:

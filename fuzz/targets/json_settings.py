@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from steelyard.base.canonical import canonical_json
 from steelyard.model.headers import read_json_object
-
 from targets._files import put, scratch
 
 PLACE = scratch() / "config.json"
+SHAPE = "json"
 
 
 def check(data: bytes) -> None:

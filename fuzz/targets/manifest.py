@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from steelyard.release.layout import SIGNING, parse_manifest
-
 from targets._files import scratch
 
 BUNDLE = scratch()
+SHAPE = "json"
 
 
 def check(data: bytes) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from steelyard.release.oms_format import files_root, parse_model_signature
 
+SHAPE = "json"
+
 
 def check(data: bytes) -> None:
     """The root of a signature that is accepted is that of the files it lists."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
 from steelyard.base.errors import FormatError
 from steelyard.release.trust import load_trust
 from steelyard.safety.battery import load_battery
 from steelyard.safety.policy import load_policy
-
 from targets._files import put, scratch
 
 FOLDER = scratch()
+SHAPE = "tagged"
+for number, name in enumerate(("one", "two", "three", "four"), 1):  # the keys that a trust file may name
+    public = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32).public_key()
+    put(FOLDER / f"{name}.pub.pem", public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
 
 
 def check(data: bytes) -> None:

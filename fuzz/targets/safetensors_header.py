@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from steelyard.model.headers import scan_safetensors
-
 from targets._files import put, scratch
 
 PLACE = scratch() / "model.safetensors"
+SHAPE = "safetensors"
 
 
 def check(data: bytes) -> None:

@@ -6,6 +6,8 @@ from steelyard.base.errors import FormatError
 from steelyard.release.attest import parse_statement, parse_test_result
 from steelyard.release.statements import parse_approval, parse_summary
 
+SHAPE = "json"
+
 
 def check(data: bytes) -> None:
     """A statement is of one kind at most."""
