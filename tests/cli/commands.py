@@ -24,6 +24,7 @@ for _room in ("release", "model", "cli"):  # scenario.py, hostile.py and this fo
 from scenario import PASSPHRASE, Chain, make_battery, make_policy  # noqa: E402
 
 SECRET = PASSPHRASE.decode()
+LICENSE = ("--license", "apache-2.0")  # that of the model in `scenario`, which says nothing of it
 # All are committed before the one run that most tests share; each of the last three has one rule that it breaks.
 POLICIES = (
     make_policy(),
@@ -186,7 +187,7 @@ def release(
     out = chain.root / "releases" / "tiny"
     file = policy if isinstance(policy, Path) else policy_file(chain.root, policy)
     place = ["--workspace", chain.root, "--key", "me", "--policy", file, *more]
-    done = steelyard("release", run or chain.run, out, "--model", model or chain.model, *place, code=code)
+    done = steelyard("release", run or chain.run, out, "--model", model or chain.model, *LICENSE, *place, code=code)
     assert out.exists() == (code == 0)
     if code:
         assert not (chain.root / "releases").exists() or not list((chain.root / "releases").iterdir())

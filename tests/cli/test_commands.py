@@ -47,7 +47,7 @@ finally:
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     done = run([sys.executable, "-c", IMPORTED])
-    for verb in ("run", "model", "chat", "safety", "release", "verify", "key", "ledger", "doctor"):
+    for verb in ("run", "model", "chat", "safety", "release", "attest", "approve", "seal", "verify", "key", "ledger"):
         assert f"\n  {verb} " in done.out
     heavy, seconds = done.err.splitlines()
     assert heavy == ""

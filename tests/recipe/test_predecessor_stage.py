@@ -24,7 +24,7 @@ stages:
   old: {kind: import, source: models/old}
   new: {kind: import, source: models/new}
   safety: {kind: safety, model: new, predecessor: old, battery: tiny.json, policies: [lenient.json]}
-  release: {kind: release, run: safety, policy: lenient.json, key: throwaway, out: releases/tiny}
+  release: {kind: release, run: safety, policy: lenient.json, key: throwaway, out: releases/tiny, license: mit}
   verify: {kind: verify, bundle: release, policy: lenient.json}
 """
 WORK = Path("work")

@@ -62,7 +62,7 @@ def test_the_quickstart_and_the_order_of_stages(path: Path) -> None:
             "    battery: quick",
             "    batery: quick",
             ":7: stages.safety.batery: unknown key, did you mean battery? (allowed: kind, model, battery, policies,"
-            " predecessor, variants) (and 1 more)",
+            " predecessor, variants, countersign, witnesses, timestamp_authorities) (and 1 more)",
         ),
         ("    battery: quick\n", "", ":4: stages.safety.battery: this key is missing"),
         ("name: good", "nam: good", ":1: nam: unknown key, did you mean name? (allowed: name, stages) (and 1 more)"),

@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
@@ -24,6 +25,8 @@ from typing import Any, Literal
 
 from steelyard.base.canonical import sha256_hex
 from steelyard.ledger.ledger import Ledger
+from steelyard.release.licenses import parse_license
+from steelyard.release.writing import About
 from steelyard.safety.battery import Battery
 from steelyard.safety.policy import Policy
 from steelyard.scorers.base import Calibration, Canary, Item, Score, ScoreError, ScorerIdentity
@@ -36,8 +39,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PASSPHRASE = b"correct horse battery"
+ABOUT = About(license=parse_license("apache-2.0"))
 PEOPLE = ("alice", "bob", "carol", "dora", "eve")
-DISTINCT = {"throwaway": "refused", "distinct": True, "approvals": 2, "countersigned": False}
+DISTINCT = {"throwaway": "refused", "distinct": True, "approvals": 2, "countersigned": True}
 SPECIALS = ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<pad>")
 
 
@@ -310,15 +314,18 @@ class Chain:
         battery: Battery | None = None,
         policies: Sequence[Policy] | None = None,
         throwaway: bool = False,
+        witness: str | None = None,
         **model: Any,
     ) -> Chain:
-        """Make all of it, the run included."""
+        """Make all of it, the run included; `witness`, one of PEOPLE, countersigns it before it begins."""
         from steelyard.release.keys import new_key
 
         chain = cls(root, battery or make_battery(), tuple(policies or [make_policy()]))
         make_model(chain.model, **model)
         new_key(chain.keys, "me", PASSPHRASE, throwaway=throwaway)
-        chain.test()
+        if witness is not None:
+            chain.people()
+        chain.test(witness=witness)
         return chain
 
     def test(
@@ -330,11 +337,15 @@ class Chain:
         endpoint: Any = None,
         predecessor: Path | None = None,
         its_endpoint: Any = None,
+        witness: str | None = None,
     ) -> Path:
         """Run the battery on the model, beside `predecessor`; gives the run folder. `endpoint` answers in the model's
-        place, `its_endpoint` in the predecessor's."""
+        place, `its_endpoint` in the predecessor's; `witness` countersigns what is committed before it begins."""
         from steelyard.inference.local import LocalEndpoint
         from steelyard.model.identity import subject_of
+        from steelyard.release.commitment import countersign, looking_for
+        from steelyard.release.keys import load_signer
+        from steelyard.safety.pause import COMMITMENT, COUNTERSIGNATURE, Paused
         from steelyard.safety.run import Job, Tested, run_battery
         from steelyard.safety.shipped import shipped_sampling
 
@@ -350,7 +361,14 @@ class Chain:
             scorers=dict(scorers or {"toxicity": toxicity(), "refusal": refusal()}),
         )
         with self.ledger() as ledger:
-            run_battery(job, out=run, ledger=ledger)
+            if witness is None:
+                run_battery(job, out=run, ledger=ledger)
+                return run
+            signer = load_signer(self.keys, witness, PASSPHRASE)
+            with suppress(Paused):
+                run_battery(job, out=run, ledger=ledger, countersign=looking_for())
+            (run / COUNTERSIGNATURE).write_bytes(countersign((run / COMMITMENT).read_bytes(), signer))
+            run_battery(job, out=run, ledger=ledger, countersign=looking_for([signer.public_key]))
         return run
 
     def decide(self, **changes: Any) -> Any:
@@ -382,6 +400,7 @@ class Chain:
                 "signer": load_signer(self.keys, "me", PASSPHRASE),
                 "key": show_key(self.keys, "me"),
                 "out": out or self.root / "releases" / "tiny",
+                "about": ABOUT,
             }
             return write_bundle(**(arguments | changes)).bundle
 
@@ -429,7 +448,7 @@ class Chain:
 
         with self.ledger() as ledger:
             arguments = {"run": self.run, "model": self.model, "policy": self.policy, "ledger": ledger}
-            arguments |= {"out": out or self.root / "candidates" / "tiny", **self._with_key(by)}
+            arguments |= {"out": out or self.root / "candidates" / "tiny", "about": ABOUT, **self._with_key(by)}
             return attest(**(arguments | changes)).bundle
 
     def approve(self, candidate: Path, by: str, **changes: Any) -> Path:

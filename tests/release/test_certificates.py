@@ -18,8 +18,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.release.attest import SignatureError
-from steelyard.release.certificates import Authority, check_chain, load_authorities, split_chain
-from steelyard.release.oms import check_model_signature, sign_model
+from steelyard.release.certificates import Authority, check_chain, load_authorities, read_chain, split_chain
+from steelyard.release.oms import certified_key, check_model_signature, sign_model
 
 THEN = datetime(2026, 6, 1, tzinfo=UTC)
 ROOT = root()
@@ -233,3 +233,17 @@ def test_the_command_verifies_a_certified_signature(signed: Path, tmp_path: Path
     command += ["--signature", str(signed / SIG), "--certificate_chain", str(pem)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_certified_key_checks_other_statements_too(signed: Path, tmp_path: Path) -> None:
+    from steelyard.release.attest import sign, statement_bytes, verify_envelope
+
+    found = certified_key(signed / SIG, [_trust()], THEN)
+    assert found is not None
+    envelope = sign(statement_bytes("test:nothing/v1", {"a": "0" * 64}, {}), SIGNER)
+    verify_envelope(envelope, "x", [found[0]])
+    with pytest.raises(SignatureError, match="had expired"):
+        certified_key(signed / SIG, [_trust()], LAST + timedelta(days=1))
+    sign_model(signed, tmp_path / "plain.sig", SIGNER, [SIG])
+    assert certified_key(tmp_path / "plain.sig", [_trust()], THEN) is None
+    assert read_chain(write_chain(tmp_path / "chain.pem", [OWN])) == tuple(_der(OWN))

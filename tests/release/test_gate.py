@@ -415,14 +415,21 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         ("pinned", "scorers", "none that policy pinned accepts"),
         ("fewer", "scorers", "refusal is none that policy fewer names"),
         ("more", "scorers", "identity, which policy more names, was not used"),
-        ("keys", "key", "two pinned identities"),
-        ("keys", "key", "countersigned"),
+        ("keys", "commitment", "countersigned before the first generation"),
         ("first", "predecessor", "wants a reference model's run"),
     ],
 )
 def test_a_rule_of_the_policy(strict: Chain, name: str, code: str, says: str) -> None:
     policy = next(policy for policy in strict.policies if policy.name == name)
     refused(strict.decide(policy=policy), code, says)
+
+
+def test_one_person_alone(strict: Chain) -> None:
+    keys = next(policy for policy in strict.policies if policy.name == "keys")
+    approved = keys.model_copy(update={"keys": keys.keys.model_copy(update={"distinct": False, "approvals": 2})})
+    refused(strict.decide(policy=keys, alone=True), "key", "to be different people: steelyard attest, approve and seal")
+    refused(strict.decide(policy=approved, alone=True), "key", "wants 2 approvals")
+    assert not any(finding.code == "key" for finding in strict.decide(policy=keys).findings)
 
 
 @pytest.mark.parametrize("name", ["pinned-right", "standing", "once"])
@@ -513,7 +520,19 @@ def test_no_override_is_offered() -> None:
     import inspect
 
     names = set(inspect.signature(gate.decide).parameters)
-    assert names == {"run", "model", "policy", "ledger", "key", "predecessor", "name", "now", "progress"}
+    assert names == {
+        "run",
+        "model",
+        "policy",
+        "ledger",
+        "key",
+        "predecessor",
+        "name",
+        "trust",
+        "alone",
+        "now",
+        "progress",
+    }
     for module in (gate, evidence, checks_evidence, checks_ledger, checks_model):
         assert "os.environ" not in inspect.getsource(module)
         assert "getenv" not in inspect.getsource(module)

@@ -126,7 +126,7 @@ def test_the_command_verifies_our_signature_and_sees_an_edit(
     (model / "empty.txt").write_bytes(b"no more")
     from model_signing import verifying
 
-    with pytest.raises(ValueError, match=r"Hash mismatch for 'empty\.txt'"):
+    with pytest.raises(ValueError, match=r"Hash mismatch for .*empty\.txt"):
         verifying.Config().use_elliptic_key_verifier(public_key=public).verify(model, model / SIG)
 
 
@@ -497,7 +497,7 @@ def test_checking_imports_neither_the_library_nor_sigstore_nor_touches_the_netwo
     code = (
         "import sys, steelyard.release.oms, steelyard.release.verify;"
         "found = {'model_signing', 'sigstore', 'requests', 'OpenSSL', 'tuf', 'torch'} & set(sys.modules);"
-        "sys.exit(', '.join(found))"
+        "assert not found, found"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr

@@ -28,6 +28,14 @@ OwnTrust = Annotated[
 MaybeTrust = Annotated[
     Path | None, typer.Option(help="Your trust file: whose countersignature counts.", callback=existing_file)
 ]
+LicenseId = Annotated[
+    str | None,
+    typer.Option("--license", help="apache-2.0, mit, ..., or other; default: what the model's README.md states."),
+]
+LicenseName = Annotated[str | None, typer.Option(help="With --license other: its name.")]
+LicenseLink = Annotated[str | None, typer.Option(help="With --license other: https://..., or the file LICENSE.")]
+BaseModel = Annotated[str | None, typer.Option(help="The base model's id on the Hub, for the model card.")]
+Repository = Annotated[str | None, typer.Option(help="The id on the Hub that it will have, for the model card.")]
 Predecessor = Annotated[
     Path | None, typer.Option(help="The predecessor's model folder; needed only where a server answered for it.")
 ]
@@ -41,6 +49,11 @@ def release(
     policy: PolicyName = "preview",
     predecessor: Predecessor = None,
     trust: MaybeTrust = None,
+    license_: LicenseId = None,
+    license_name: LicenseName = None,
+    license_link: LicenseLink = None,
+    base_model: BaseModel = None,
+    repository: Repository = None,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
@@ -53,9 +66,11 @@ def release(
     from steelyard.release.bundle import write_bundle
     from steelyard.release.refused import Refused
     from steelyard.release.trust import load_trust
+    from steelyard.release.writing import about_model
     from steelyard.safety.policy import load_policy
 
     chosen, mine = load_policy(policy), None if trust is None else load_trust(trust)
+    about = about_model(license_, license_name, license_link, base_model, repository)
     signer, card = _signing(keys or workspace / "keys", key, passphrase_file)
     with Ledger(workspace / "ledger.sqlite") as ledger:
         try:
@@ -68,6 +83,7 @@ def release(
                 key=card,
                 predecessor=predecessor,
                 trust=mine,
+                about=about,
                 out=out,
                 progress=default_progress(as_json=as_json),
             ).decision
@@ -89,6 +105,11 @@ def attest(
     ] = None,
     predecessor: Predecessor = None,
     trust: MaybeTrust = None,
+    license_: LicenseId = None,
+    license_name: LicenseName = None,
+    license_link: LicenseLink = None,
+    base_model: BaseModel = None,
+    repository: Repository = None,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
@@ -101,9 +122,11 @@ def attest(
     from steelyard.release.bundle import attest as write_candidate
     from steelyard.release.refused import Refused
     from steelyard.release.trust import load_trust
+    from steelyard.release.writing import about_model
     from steelyard.safety.policy import load_policy
 
     chosen, mine = load_policy(policy), None if trust is None else load_trust(trust)
+    about = about_model(license_, license_name, license_link, base_model, repository)
     signer, card = _signing(keys or workspace / "keys", key, passphrase_file)
     with Ledger(workspace / "ledger.sqlite") as ledger:
         try:
@@ -117,6 +140,7 @@ def attest(
                 name=name,
                 predecessor=predecessor,
                 trust=mine,
+                about=about,
                 out=candidate,
                 progress=default_progress(as_json=as_json),
             ).decision

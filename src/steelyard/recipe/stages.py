@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
 
     from steelyard.release.keys import KeyInfo
+    from steelyard.release.writing import About
     from steelyard.safety.battery import Battery
     from steelyard.safety.pause import Look
     from steelyard.safety.policy import Policy
@@ -280,13 +281,21 @@ def _countersigned(config: SafetyConfig) -> Look | None:
 
 
 class ReleaseConfig(StageConfig):
-    """`key`: the name of a key in the workspace, or `throwaway`: made for this release, used once."""
+    """`key`: the name of a key in the workspace, or `throwaway`: made for this release, used once. `license` (with
+    `license_name` and `license_link` where it is `other`) is not needed where the model's own README.md states it;
+    `base_model` and `repository` are ids on the Hub, for the model card.
+    """
 
     kind: Literal["release"]
     run: str
     policy: str
     key: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
     out: str = Field(min_length=1)
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    base_model: str | None = None
+    repository: str | None = None
 
 
 class ReleaseStage(StageKind[ReleaseConfig]):
@@ -305,6 +314,7 @@ class ReleaseStage(StageKind[ReleaseConfig]):
 
     def externals(self, config: ReleaseConfig, workspace: Path) -> dict[str, str]:
         found = {"policy": _policy("policy", config.policy).digest}
+        _about(config)
         if config.key != THROWAWAY:
             from steelyard.release.keys import show_key
 
@@ -333,6 +343,7 @@ class ReleaseStage(StageKind[ReleaseConfig]):
                 key=card,
                 predecessor=None if before is None else _path(before),
                 aside=aside,
+                about=_about(config),
                 out=out,
                 progress=context.progress,
             ).decision
@@ -343,6 +354,18 @@ class ReleaseStage(StageKind[ReleaseConfig]):
         summary = decision.model_dump(mode="json", exclude={"report"})
         summary |= {"bundle": str(out), "report": str(run / "report.html"), "public_key": str(public)}
         return Outcome(out, summary, extra=(public,))
+
+
+def _about(config: ReleaseConfig) -> About:
+    """What the recipe says of the model. Raises FieldError."""
+    from steelyard.release.writing import about_model
+
+    try:
+        return about_model(
+            config.license, config.license_name, config.license_link, config.base_model, config.repository
+        )
+    except UsageError as error:
+        raise FieldError("license", str(error)) from error
 
 
 @contextmanager

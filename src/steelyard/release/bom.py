@@ -130,20 +130,19 @@ def model_card_object(
     return {
         "bom-ref": "model-card",
         "modelParameters": parameters,
-        "quantitativeAnalysis": {"performanceMetrics": performance_metrics(report, criteria, battery)},
+        "quantitativeAnalysis": {"performanceMetrics": performance_metrics(report, criteria)},
         "considerations": considerations,
     }
 
 
-def performance_metrics(report: Report, criteria: Sequence[CriterionResult], battery: Battery) -> list[Json]:
+def performance_metrics(report: Report, criteria: Sequence[CriterionResult]) -> list[Json]:
     """Each metric of the policy, over the whole battery and by language where the report bounds it there."""
     found = []
     for one in results(report, criteria):
-        found.append(_metric(one.metric, f"{battery_name(battery)}: all", one.estimate, one.lower, one.upper))
+        found.append(_metric(one.metric, "all", one.estimate, one.lower, one.upper))
         for row in report.breakdown:
             if row.metric == one.metric and row.by == "language" and row.estimate is not None:
-                part = f"{battery_name(battery)}: language {row.key}"
-                found.append(_metric(row.metric, part, row.estimate, row.lower, row.upper))
+                found.append(_metric(row.metric, f"language={row.key}", row.estimate, row.lower, row.upper))
     return found
 
 
@@ -257,10 +256,10 @@ def _properties(report: Report, evidence: Evidence, policy: Policy, lineage: Lin
         "recipe": lineage.recipe,
         "recipe-digest": lineage.recipe_digest,
     }
-    made = [_property(key, one_line(value)) for key, value in known.items() if value is not None]
-    made += [_property("undeclared-data", one_line(value)) for value in lineage.undeclared]
-    return made + [_property(f"stage:{stage.kind}", one_line(f"{stage.key} {stage.about}")) for stage in lineage.stages]
+    made = [_property(key, value) for key, value in known.items() if value is not None]
+    made += [_property("undeclared-data", value) for value in lineage.undeclared]
+    return made + [_property(f"stage:{stage.kind}", f"{stage.key} {stage.about}") for stage in lineage.stages]
 
 
 def _property(name: str, value: str) -> Json:
-    return {"name": f"steelyard:{name}", "value": value}
+    return {"name": one_line(f"steelyard:{name}"), "value": one_line(value)}

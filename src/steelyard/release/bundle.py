@@ -33,7 +33,7 @@ from steelyard.release.layout import MANIFEST, TEST_RESULT
 from steelyard.release.refused import Refused
 from steelyard.release.statements import Approval, approval_payload, release_subjects, stamp
 from steelyard.release.trust import Trust, one_key
-from steelyard.release.writing import add_approval, copy_candidate, write_candidate, write_seals
+from steelyard.release.writing import About, add_approval, copy_candidate, write_candidate, write_seals
 from steelyard.safety.policy import Policy
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def write_bundle(
     predecessor: Path | None = None,
     aside: Path | None = None,
     trust: Trust | None = None,
+    about: About = About(),  # noqa: B008 (frozen)
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Released:
@@ -71,8 +72,9 @@ def write_bundle(
 
     The release is called by the name of `out`; an earlier one there is renamed to `aside` after the PASS, and back
     where this fails. `predecessor` as in `decide`; `trust`: what the finished bundle is verified with (None: the key
-    itself). Raises Refused, with the decision, on any other verdict; SteelyardError where `out` exists and there is no
-    `aside`, and where the finished bundle does not verify.
+    itself); `about`: for its papers. Raises Refused, with the decision, on any other verdict; UsageError where nobody
+    states a licence; SteelyardError where `out` exists and there is no `aside`, and where the finished bundle does not
+    verify.
     """
     progress, now = progress or Silent(), now or datetime.now(UTC)
     _check_signer(signer, key)
@@ -93,7 +95,7 @@ def write_bundle(
     )
     _check_pass(decision, run)
     with _moved_aside(out, aside), new_folder(out) as folder:
-        write_candidate(folder, run, model, policy, decision, ledger, signer, key, out.name, now, progress)
+        write_candidate(folder, run, model, policy, decision, ledger, signer, key, out.name, about, now, progress)
         trust = trust or one_key([signer.public_key], policy)
         candidate = _examined(folder, trust, "approved", now, progress, f"{out}: what was just written")
         write_seals(folder, candidate, policy, signer, key, now)
@@ -117,6 +119,7 @@ def attest(
     name: str | None = None,
     predecessor: Path | None = None,
     trust: Trust | None = None,
+    about: About = About(),  # noqa: B008 (frozen)
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Released:
@@ -140,7 +143,9 @@ def attest(
     )
     _check_pass(decision, run)
     with new_folder(out) as folder:
-        write_candidate(folder, run, model, policy, decision, ledger, signer, key, name or out.name, now, progress)
+        write_candidate(
+            folder, run, model, policy, decision, ledger, signer, key, name or out.name, about, now, progress
+        )
         own = Trust(evaluators=(signer.public_key,), approvers=(), releasers=(), policy=policy)
         _examined(folder, own, "attested", now, progress, f"{out}: the candidate just written")
         ledger.append("release.attested", _event(decision.run, policy, decision.subject, name or out.name, folder))

@@ -122,6 +122,11 @@ def read_certificate(der: bytes, where: str) -> x509.Certificate:
     return certificate
 
 
+def read_chain(path: Path) -> tuple[bytes, ...]:
+    """The certificates (DER) in a PEM file, for `check_chain`. Raises FormatError or SteelyardError."""
+    return tuple(certificate.public_bytes(Encoding.DER) for certificate in _certificates(path))
+
+
 def identity_of(certificate: x509.Certificate) -> str | None:
     """The first mail address or URI that a certificate names."""
     return next(iter(_identities(certificate, "certificate")), None)

@@ -156,12 +156,9 @@ def check_commitment(
             text = f"the journal was begun without it: {found[0]} was added later, and proves nothing"
             findings.append(Finding("commitment", f"{_name(home, folder, found[0])}: {text}"))
         if required:
-            text = (
-                "battery, policy and ledger head countersigned before the first generation (safety run --countersign)"
-            )
-            findings.append(
-                Finding("commitment", f"{evidence.where['journal']}: the policy wants {text}: they were not")
-            )
+            text = "the policy wants battery, policy and ledger head countersigned before the first generation: they "
+            text += "were not (steelyard safety run --countersign)"
+            findings.append(Finding("commitment", f"{evidence.where['journal']}: {text}"))
         return None, findings
     checks = _Checks(folder, home, evidence, plan.countersigned, trust, required)
     findings = []

@@ -24,11 +24,11 @@ from steelyard.base.canonical import code_digest
 from steelyard.base.errors import SteelyardError
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.identity import Subject, subject_of
-from steelyard.release.checks_commitment import check_commitment
 from steelyard.release.checks_evidence import check_evidence
 from steelyard.release.checks_ledger import check_ledger, check_predecessor
 from steelyard.release.checks_model import check_generations
 from steelyard.release.checks_statements import check_key_kind
+from steelyard.release.commitment import check_commitment
 from steelyard.release.evidence import Evidence, read_run
 from steelyard.release.keys import KeyInfo
 from steelyard.release.trust import Trust

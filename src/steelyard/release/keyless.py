@@ -152,4 +152,5 @@ def _unreachable(error: Exception) -> SteelyardError:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split()).split(" [type=")[0]  # pydantic goes on about its types
+    return text[:300] or type(error).__name__

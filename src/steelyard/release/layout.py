@@ -54,7 +54,7 @@ UNSIGNED = (*SIGNING, HUB_FILE)  # what the model signature leaves out
 FOLDERS = (HOME, RESULTS_HOME)  # and no other
 EVIDENCE = (JOURNAL, BATTERY, POLICY, REPORT, f"{HOME}/report.html", f"{HOME}/report.md")
 DOCUMENTS = (EVAL_RESULTS, ML_BOM)
-REQUIRED = (*EVIDENCE, "config.json")  # of the manifest
+REQUIRED = (*EVIDENCE, *DOCUMENTS, CARD, "config.json")  # of the manifest
 OPTIONAL_EVIDENCE = (PREDECESSOR, OVERLAP, COMMITMENT)
 
 MANIFEST_LIMIT = 1_000_000  # bytes

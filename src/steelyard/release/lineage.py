@@ -126,7 +126,7 @@ def gather_lineage(
         license=resolve_license(model, license, _base_folder(imports, ledger)),
         base=base,
         relation="finetune" if base is not None and tuned else None,
-        predecessor=_predecessor(evidence, ledger),
+        predecessor=_predecessor(evidence, ledger, base),
         datasets=datasets,
         undeclared=() if evidence.overlap is None else evidence.overlap.undeclared,
         stages=stages,
@@ -293,13 +293,15 @@ def _base_folder(imports: list[Event], ledger: Ledger) -> Path | None:
     return folder if card is not None and sha256_hex(card.encode()) == kept else None
 
 
-def _predecessor(evidence: Evidence, ledger: Ledger) -> Ancestor | None:
+def _predecessor(evidence: Evidence, ledger: Ledger, base: Ancestor | None) -> Ancestor | None:
     named, journal = evidence.journal.plan.predecessor, evidence.predecessor
     if named is None:
         return None
     released = ledger.events("release.bundled", subject=named.subject)
-    name = str(released[-1].payload.get("name")) if released else f"subject {named.subject[:16]}"
     weights = journal.plan.subject.weights if journal is not None else None
+    if not released and base is not None and base.subject == named.subject:
+        return replace(base, weights=weights)
+    name = str(released[-1].payload.get("name")) if released else "a model that was never released here"
     return Ancestor(name, subject=named.subject, weights=weights)
 
 

@@ -258,7 +258,8 @@ def check_model_signature(
     names, valid at the time `signed`; or by Sigstore for one of `identities`. Only paths of `allowed` may be ignored.
     `hashes` as in `model_root`.
     """
-    where = signature.relative_to(folder).as_posix() if signature.is_relative_to(folder) else signature.name
+    inside = signature.is_relative_to(folder)
+    where = signature.relative_to(folder).as_posix() if inside else signature.name
     try:
         parsed = _read(signature, where)
     except FormatError as error:
@@ -274,8 +275,24 @@ def check_model_signature(
         if any(path == name or path.startswith(f"{name}/") for path in proven.files):
             findings.append(Finding("ignored", f"{where}: both signs and ignores {name}"))
     # The file cannot sign itself, whether it says so (as ours do) or not (as the library's before 1.1).
-    unsigned = {*proven.ignored, *({where} & set(allowed))}
+    unsigned = {*proven.ignored, *({where} & set(allowed) if inside else ())}
     return proven, findings + _check_files(folder, proven, unsigned, where, hashes or {}, progress or Silent())
+
+
+def certified_key(
+    signature: Path, authorities: Sequence[Authority], signed: datetime | None, where: str = ""
+) -> tuple[Key, Authority] | None:
+    """The key that the certificates in a signature file prove at the time `signed`, and by which authority; None where
+    it brings none. So a statement that the same key signed can be checked: a DSSE envelope carries no certificates.
+
+    Raises SignatureError where nobody of `authorities` vouches for it, FormatError for a file that is no signature.
+    """
+    parsed = _read(signature, where or str(signature))
+    if parsed.signature.method != "certificate":
+        return None
+    from steelyard.release.certificates import check_chain
+
+    return check_chain(parsed.chain, authorities, signed, where or str(signature))
 
 
 def _check_files(
@@ -380,6 +397,7 @@ def _hint(key: Key) -> str | None:
 
 __all__ = [
     "ModelSignature",
+    "certified_key",
     "check_model_signature",
     "files_root",
     "model_root",

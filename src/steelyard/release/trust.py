@@ -33,6 +33,7 @@ from steelyard.base.errors import FormatError, UsageError
 from steelyard.base.files import inside, read_bounded
 from steelyard.base.yamlfile import Document, read_yaml
 from steelyard.release.attest import parse_time
+from steelyard.release.certificates import Authority, load_authorities
 from steelyard.release.keys import KeyEvent, load_public_key, read_key_event
 from steelyard.release.layout import MAX_APPROVALS
 from steelyard.safety.journal import Finding
@@ -87,14 +88,6 @@ class _TrustFile(_Strict):
     timestamp_authorities: tuple[str, ...] = Field(default=(), max_length=MAX_KEYS)
     withdrawal: _Withdrawal | None = None
     revocations: tuple[str, ...] = Field(default=(), max_length=1000)
-
-
-@dataclass(frozen=True)
-class Authority:
-    """A certificate authority that may say who `identity` (mail address or URI) is."""
-
-    certificate: x509.Certificate
-    identity: str
 
 
 @dataclass(frozen=True)
@@ -226,8 +219,7 @@ def _authorities(document: Document, folder: Path, role: str, entries: Sequence[
     for entry in entries:
         if entry.certificate_authority is not None and entry.identity is not None:
             path = _place(document, folder, role, entry.certificate_authority)
-            for certificate in _certificates(path):
-                yield Authority(certificate, entry.identity)
+            yield from load_authorities(path, entry.identity)
 
 
 def _place(document: Document, folder: Path, key: str, name: str) -> Path:

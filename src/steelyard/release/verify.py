@@ -26,7 +26,6 @@ from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.headers import quote
 from steelyard.model.identity import Subject, subject_of
-from steelyard.release.checks_commitment import check_commitment
 from steelyard.release.checks_evidence import NAME, check_evidence, same_policy
 from steelyard.release.checks_files import Files, check_files, list_files, relative
 from steelyard.release.checks_model import check_shipped
@@ -42,6 +41,8 @@ from steelyard.release.checks_statements import (
     check_test_result,
     read_statements,
 )
+from steelyard.release.claims import check_claims
+from steelyard.release.commitment import check_commitment
 from steelyard.release.evidence import Evidence, read_evidence
 from steelyard.release.keys import load_public_key, read_key_event
 from steelyard.release.layout import (
@@ -233,9 +234,11 @@ def _examine_contents(
     if policy is not None:
         # A bundle is judged at the time of its release, a candidate now.
         at = statements.summary.time if work.sealed and statements.summary is not None else work.now
-        found, criteria, _ = check_evidence(evidence, policy, subject, at)
+        found, criteria, report = check_evidence(evidence, policy, subject, at)
         work.findings += found
         work.criteria += criteria
+        if report is not None:
+            work.findings += check_claims(work.folder, evidence, policy, criteria, report)
         failed = [result for result in criteria if result.status in ("FAIL", "INCONCLUSIVE")]
         work.findings += [Finding("criterion", f"{JOURNAL}: {result.reason}: {result.status}") for result in failed]
         pins = None if work.stage == "attested" else work.trust

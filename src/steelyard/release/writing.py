@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +17,17 @@ from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  
 
 from steelyard import __version__
 from steelyard.base.canonical import canonical_json, sha256_file, sha256_hex
-from steelyard.base.errors import FormatError, SteelyardError
+from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import fsync_folder
 from steelyard.base.progress import Progress, Silent
+from steelyard.model.headers import read_json_object
 from steelyard.model.identity import is_model_file, subject_of
 from steelyard.release.attest import RunFacts, sign, test_result
+from steelyard.release.bom import ml_bom
+from steelyard.release.card import model_card
 from steelyard.release.checks_files import list_files
+from steelyard.release.commitment import copy_commitment
+from steelyard.release.eval_results import eval_results
 from steelyard.release.evidence import Evidence, read_run
 from steelyard.release.gate import Decision
 from steelyard.release.keys import KeyInfo
@@ -29,19 +35,25 @@ from steelyard.release.layout import (
     APPROVALS,
     BATTERY,
     CARD,
+    EVAL_RESULTS,
     HOME,
     JOURNAL,
     MANIFEST,
+    ML_BOM,
     MODEL_SIGNATURE,
     OVERLAP,
     POLICY,
     PREDECESSOR,
     REPORT,
+    RESULTS_HOME,
     SUMMARY,
     TEST_RESULT,
     UNSIGNED,
     manifest_bytes,
 )
+from steelyard.release.licenses import License, parse_license
+from steelyard.release.lineage import HUB_ID, Lineage, gather_lineage, read_card
+from steelyard.release.oms import model_root, sign_model
 from steelyard.release.statements import (
     Summary,
     SummaryFacts,
@@ -56,11 +68,36 @@ from steelyard.release.statements import (
 from steelyard.safety.overlap import overlap_json
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import compute_report, save_report
-from steelyard.safety.words import in_words
 
 if TYPE_CHECKING:
     from steelyard.ledger.ledger import Ledger
     from steelyard.release.verify import Verification
+
+
+@dataclass(frozen=True)
+class About:
+    """What only the maker knows of a model, for its papers: licence, the Hub's id of its base model and its own."""
+
+    license: License | None = None
+    base_model: str | None = None
+    repository: str | None = None
+
+
+def about_model(
+    license: str | None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    base_model: str | None = None,
+    repository: str | None = None,
+) -> About:
+    """`About` from what people write. Raises UsageError for a licence or Hub id that is none."""
+    if license is None and (license_name or license_link):
+        raise UsageError("license_name and license_link go with license: other")
+    for what, name in (("base_model", base_model), ("repository", repository)):
+        if name is not None and not HUB_ID.fullmatch(name):
+            raise UsageError(f"{what}: {name[:80]!r} is no id on the Hub: give org/name")
+    found = None if license is None else parse_license(license, license_name, license_link)
+    return About(found, base_model, repository)
 
 
 def write_candidate(
@@ -73,6 +110,7 @@ def write_candidate(
     signer: CryptoSigner,
     key: KeyInfo,
     name: str,
+    about: About,
     now: datetime,
     progress: Progress,
 ) -> None:
@@ -81,8 +119,11 @@ def write_candidate(
     if decision.report is None or evidence.journal.root != decision.report.journal_root:
         raise SteelyardError(f"{run / 'journal.jsonl'}: changed while it was released: leave it alone and try again")
     _copy_model(model, folder, progress)
-    _write_evidence(folder, evidence, policy)
-    _write_documents(folder, name, decision, evidence, policy)
+    _write_evidence(folder, run, evidence, policy)
+    lineage = gather_lineage(
+        model, evidence, ledger, license=about.license, base_model=about.base_model, repository=about.repository
+    )
+    _write_documents(folder, model, name, decision, evidence, policy, lineage)
     subject = subject_of(folder, progress)
     if subject.digest != decision.subject:
         raise SteelyardError(f"{model}: changed while it was released: leave it alone and try again")
@@ -101,8 +142,6 @@ def write_candidate(
         predecessor=predecessor_facts(evidence),
         version=__version__,
     )
-    from steelyard.release.oms import model_root
-
     common = release_subjects(subject.weights, model_root(folder, UNSIGNED, progress), sha256_hex(manifest))
     payload = test_result(
         subjects=tested_subjects(common, subject, evidence, sha256_file(folder / REPORT)),
@@ -113,7 +152,7 @@ def write_candidate(
     (folder / TEST_RESULT).write_bytes(sign(payload, signer))
 
 
-def _write_evidence(folder: Path, evidence: Evidence, policy: Policy) -> None:
+def _write_evidence(folder: Path, run: Path, evidence: Evidence, policy: Policy) -> None:
     (folder / HOME).mkdir()
     (folder / JOURNAL).write_bytes(b"".join(line + b"\n" for line in evidence.journal.raw))
     (folder / BATTERY).write_bytes(canonical_json(evidence.battery.model_dump(mode="json")) + b"\n")
@@ -122,12 +161,22 @@ def _write_evidence(folder: Path, evidence: Evidence, policy: Policy) -> None:
         (folder / PREDECESSOR).write_bytes(b"".join(line + b"\n" for line in evidence.predecessor.raw))
     if evidence.overlap is not None:
         (folder / OVERLAP).write_bytes(overlap_json(evidence.overlap))
+    copy_commitment(run, folder)
     save_report(compute_report(evidence.journal, evidence.battery, [policy], evidence.predecessor), folder / HOME)
 
 
-def _write_documents(folder: Path, name: str, decision: Decision, evidence: Evidence, policy: Policy) -> None:
-    if not (folder / CARD).exists():
-        (folder / CARD).write_text(model_card(name, decision, evidence, policy), encoding="utf-8")
+def _write_documents(
+    folder: Path, model: Path, name: str, decision: Decision, evidence: Evidence, policy: Policy, lineage: Lineage
+) -> None:
+    """Model card, the Hub's results, bill of materials."""
+    config = read_json_object(folder / "config.json")
+    card = model_card(name, decision, evidence, policy, existing=read_card(model), config=config, lineage=lineage)
+    (folder / CARD).write_bytes(card.encode())
+    (folder / RESULTS_HOME).mkdir()
+    assert decision.report is not None  # it passed
+    results = eval_results(decision.report, decision.criteria, evidence, policy, repository=lineage.repository)
+    (folder / EVAL_RESULTS).write_bytes(results.encode())
+    (folder / ML_BOM).write_bytes(ml_bom(folder, name, decision, evidence, policy, config=config, lineage=lineage))
 
 
 def write_seals(
@@ -149,8 +198,6 @@ def write_seals(
             version=__version__,
         ),
     )
-    from steelyard.release.oms import sign_model
-
     sign_model(folder, folder / MODEL_SIGNATURE, signer, UNSIGNED, found.oms, name=found.name)
     payload = summary_payload(release_subjects(found.weights, found.oms, found.manifest), summary)
     (folder / SUMMARY).write_bytes(sign(payload, signer))
@@ -198,56 +245,3 @@ def _copy(files: dict[str, Path], folder: Path, what: str, progress: Progress) -
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, folder / name)
             task.advance(source.stat().st_size / 1e6)
-
-
-def model_card(name: str, decision: Decision, evidence: Evidence, policy: Policy) -> str:
-    """A short model card of what is known: the measurements and their limits, nothing that was not measured."""
-    battery, plan = evidence.battery, evidence.journal.plan
-    languages = ", ".join(sorted({probe.language for probe in battery.probes()}))
-    rows = [
-        f"| {criterion.metric} | {criterion.n:,} | {criterion.upper:.2%} | {criterion.threshold:.2%} |"
-        for criterion in decision.criteria
-        if criterion.upper is not None and criterion.against == "limit" and criterion.metric != "overlap"
-    ]
-    before = decision.report.predecessor if decision.report is not None else None
-    compared: list[str] = []
-    if before is not None:
-        compared = [
-            "",
-            f"Tested in the same job, on the same prompts, beside its predecessor `{before.subject_digest}`.",
-            in_words(before.differences),
-        ]
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            "An open-weight language model of the LLaMA family. Its maker gave no model card; this one says what was",
-            "measured on exactly these weights before they were released, and nothing else.",
-            "",
-            f"## Toxicity and safety test: passed under policy `{policy.name}` (version {policy.version})",
-            "",
-            "| Rate of bad answers | Samples | Upper bound (95%) | Must be under |",
-            "|---|---:|---:|---:|",
-            *rows,
-            *compared,
-            "",
-            f"Battery `{battery.name}`, version {battery.version}, tier {battery.tier}: {len(battery.probes()):,} "
-            f"probes ({languages}), run from {plan.started} to {evidence.journal.finished}.",
-            f"Attempt {plan.attempt} on this model. Probes in its training data: {decision.training_data}.",
-            "The whole test is in `steelyard/`: every answer and score (`journal.jsonl`), the report (`report.html`).",
-            "",
-            "## Limits",
-            "",
-            "- A rate under its threshold is not zero: expect bad answers at up to these rates, and more under attack.",
-            f"- Nothing was measured in other languages than {languages}, in long conversations, or on other tasks.",
-            "- Answers were scored by classifiers; their errors are corrected for, as measured on human labels.",
-            "- A quantised, re-cast or fine-tuned copy is another model, and was not tested.",
-            "",
-            "## Verify",
-            "",
-            "    steelyard verify FOLDER --key THE-MAKERS-KEY.pub.pem",
-            "",
-            f"Tested subject: `{decision.subject}`",
-            "",
-        ]
-    )

@@ -26,7 +26,7 @@ def render_markdown(report: Report, variants: Sequence[VariantView] = ()) -> str
             "",
             "| criterion | says | upper bound | threshold | samples |",
             "|---|---|---:|---:|---:|",
-            *map(_criterion, view.criteria),
+            *map(criterion_row, view.criteria),
             "",
         ]
     if report.predecessor is not None and report.predecessor.differences:
@@ -60,7 +60,8 @@ def render_markdown(report: Report, variants: Sequence[VariantView] = ()) -> str
     return "\n".join(lines) + "\n"
 
 
-def _criterion(one: CriterionResult) -> str:
+def criterion_row(one: CriterionResult) -> str:
+    """A criterion as a row of the summary's table."""
     show = signed if one.against == "predecessor" else percent
     state = f"{SIGNS[one.status]} {one.status}"
     return f"| {_plain(one.name)} | {state} | {show(one.upper)} | {show(one.threshold)} | {one.n:,} |"
