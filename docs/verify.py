@@ -30,13 +30,14 @@ MANIFEST, TEST, SUMMARY, MODEL = (
     f"steelyard/{name}" for name in ("manifest.json", "test-result.dsse.json", "summary.dsse.json", "model.sig")
 )
 APPROVALS = [f"steelyard/approval-{number}.dsse.json" for number in range(1, 10)]
-# The files that sign. Neither the manifest nor the model signature lists them; all others must be in both.
-SIGNING = {MODEL, TEST, SUMMARY, *APPROVALS, "steelyard/commitment.dsse.json", "steelyard/commitment.tsr"}
+# The files that sign, and one that a Hub adds. Manifest and model signature list neither, and must list all others.
+COUNTERSIGNED = {"steelyard/commitment.dsse.json", "steelyard/commitment.tsr"}
+UNLISTED = {MODEL, TEST, SUMMARY, *APPROVALS, *COUNTERSIGNED, ".gitattributes"}
 IN_TOTO, STATEMENT = "application/vnd.in-toto+json", "https://in-toto.io/Statement/v1"
 TEST_RESULT, SVR = "https://in-toto.io/attestation/test-result/v0.1", "https://in-toto.io/attestation/svr/v0.2"
 APPROVAL, OMS = "steelyard:approval/v1", "https://model_signing/signature/v1.0"
 LIMIT = 10_000_000  # bytes of a file that is read as JSON
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError)
 
 
 def load_key(path):
@@ -56,8 +57,7 @@ def read(bundle, name):
 def opened(envelope, name, keys, predicate_type):
     """The subjects (name to SHA-256) and predicate of a DSSE envelope that one of `keys` signed, and that key."""
     payload, kind = base64.b64decode(envelope["payload"], validate=True), envelope["payloadType"]
-    # DSSE's pre-authentication encoding: what is signed.
-    message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)
+    message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)  # DSSE's PAE: what is signed
     (signature,) = envelope["signatures"]
     for key in keys:
         scheme = () if isinstance(key, Ed25519PublicKey) else (ECDSA(SHA256()),)
@@ -95,7 +95,7 @@ def compare(listed, hashes, where):
 def check(bundle, evaluators, approvers, releasers, approvals):
     """Yields every problem; raises one of MALFORMED at a file that cannot be read or is not signed."""
     hashes = files_of(bundle)
-    content = {name: sha256 for name, sha256 in hashes.items() if name not in SIGNING}
+    content = {name: sha256 for name, sha256 in hashes.items() if name not in UNLISTED}
     manifest = read(bundle, MANIFEST)
     if manifest["format"] != 2:
         yield f"{MANIFEST}: is of format {manifest['format']!r}; this script knows format 2"
@@ -136,8 +136,8 @@ def main():
     parser.add_argument("--approvals", type=int, default=0, metavar="K", help="how many approvers must have signed")
     given, problems = parser.parse_args(), []
     try:
-        people = (given.evaluator, given.approver, given.releaser)
-        keys = [[load_key(path) for path in given.key + paths] for paths in people]
+        roles = given.evaluator, given.approver, given.releaser
+        keys = [[load_key(path) for path in given.key + own] for own in roles]
         for problem in check(given.bundle, *keys, given.approvals):
             problems.append(problem)
     except MALFORMED as error:

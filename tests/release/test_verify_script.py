@@ -47,6 +47,16 @@ def test_it_accepts_what_verify_accepts(released: tuple[Chain, Path]) -> None:
     assert script(bundle, "--evaluator", chain.public, "--releaser", chain.public).returncode == 0
 
 
+def test_it_passes_over_the_one_file_that_a_hub_adds(
+    released: tuple[Chain, Path], bundle_copy: Callable[[], Path]
+) -> None:
+    chain, bundle = released[0], bundle_copy()
+    (bundle / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+    assert script(bundle, "--key", chain.public).returncode == 0
+    assert chain.verify(bundle).ok
+    assert run_all("model_signing", bundle, chain.public) == [0]
+
+
 def test_without_keys_of_ones_own_it_accepts_nothing(released: tuple[Chain, Path], tmp_path: Path) -> None:
     chain, bundle = released
     new_key(tmp_path, "other", PASSPHRASE)
