@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # llama.cpp is only a test oracle: -O1 halves the time of compiling it.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench bench-verify fuzz clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.models: pyproject.toml constraints.txt
@@ -40,14 +40,25 @@ $(VENV)/.peer: $(VENV)/.dev
 	  --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
-bench: bench-inference bench-train bench-scorers bench-statistics bench-safety
+bench: bench-inference bench-train bench-scorers bench-statistics bench-safety bench-verify
 
 bench-statistics: $(VENV)/.models
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bounds.py
+
+bench-verify: $(VENV)/.models
+	@$(BIN)/python benchmarks/verify.py
 
 bench-%: $(VENV)/.peer
 	@$(BIN)/steelyard run recipes/quickstart.yaml --until import >/dev/null
 	@PYTHONPATH=$(VENV)/peer $(BIN)/python benchmarks/$*.py $$(ls -td .steelyard/models/import-* | head -1)
 
+# Coverage-guided, 5 minutes over all parsers of untrusted input; `make fuzz FUZZ=--quick` for 30 s.
+$(VENV)/.fuzz: $(VENV)/.dev
+	@$(PIP) -e '.[models,dev,oracle,fuzz]'
+	@touch $@
+
+fuzz: $(VENV)/.fuzz
+	@$(BIN)/python fuzz/run.py $(FUZZ)
+
 clean:
-	rm -rf $(VENV) .steelyard releases
+	rm -rf $(VENV) .steelyard releases fuzz/out

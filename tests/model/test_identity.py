@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from safetensors.numpy import save_file
 
 from steelyard.base.canonical import digest, sha256_hex
 from steelyard.base.errors import FormatError
+from steelyard.model import identity
 from steelyard.model.headers import scan_safetensors
-from steelyard.model.identity import INDEX, Subject, is_model_file, subject_of
+from steelyard.model.identity import INDEX, Subject, is_model_file, subject_and_files, subject_of
 
 TENSORS = {
     "model.embed_tokens.weight": np.arange(12, dtype=np.float32).reshape(4, 3),
@@ -92,6 +95,60 @@ def test_recasting_and_reshaping_change_it(tmp_path: Path) -> None:
     assert subject.differences(flat) == ["weights"]
     mixed = subject_of(model(tmp_path / "d", TENSORS | {"model.norm.weight": np.ones(3, np.float16)}))
     assert mixed.dtype == "float16+float32"
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_one_reading_gives_the_same_digests_and_those_of_the_files(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = {"model.layers.0.a": np.zeros((0, 3), np.float32), "zz": np.zeros(0, np.float16)}
+    monkeypatch.setattr(identity, "_CHUNK", chunk)
+    for folder in (
+        model(tmp_path / "m"),
+        model(tmp_path / "e", TENSORS | empty),
+        shard(tmp_path / "m", tmp_path / "s"),
+    ):
+        subject, files = subject_and_files(folder)
+        assert subject == subject_of(folder)
+        assert files == {path.name: sha256_hex(path.read_bytes()) for path in folder.glob("*.safetensors")}
+
+
+def test_each_byte_of_the_weights_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = model(tmp_path / "m"), 0
+    plain = identity.open_regular
+    weights = folder / "model.safetensors"
+
+    class Counting(io.BufferedReader):
+        def readinto(self, buffer: Any) -> int:
+            nonlocal read
+            count = super().readinto(buffer)
+            read += count if self.name == str(weights) else 0
+            return count
+
+    def counting(path: Path) -> Any:
+        file = Counting(plain(path).detach())
+        file.raw.name = str(path)
+        return file
+
+    monkeypatch.setattr(identity, "open_regular", counting)
+    subject_and_files(folder)
+    assert read == weights.stat().st_size
+
+
+@pytest.mark.parametrize("change", [-1, 1, 1 << 23])
+def test_a_file_that_changes_its_length_meanwhile_is_refused(
+    change: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model(tmp_path / "m")
+    plain, path = identity.open_regular, folder / "model.safetensors"
+
+    def late(opened: Path) -> Any:
+        os.truncate(path, path.stat().st_size + change)
+        return plain(opened)
+
+    monkeypatch.setattr(identity, "open_regular", late)
+    with pytest.raises(FormatError, match="changed its length"):
+        subject_and_files(folder)
 
 
 CHANGES = {

@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,11 +152,37 @@ def subject_of(folder: Path, progress: Progress | None = None) -> Subject:
     `tie_word_embeddings` is not the embedding.
     """
     refuse_unsafe_files(folder)
+    return _subject(folder, _hash_tensors, progress or Silent())[0]
+
+
+def subject_and_files(folder: Path, progress: Progress | None = None) -> tuple[Subject, dict[str, str]]:
+    """The subject, and the SHA-256 (hex) of every weight file by name, for whoever needs both: each byte of the weights
+    is read once, so that what one digest saw the other saw too. Raises as `subject_of` does.
+    """
+    refuse_unsafe_files(folder)
+    subject, hashed = _subject(folder, _hash_files, progress or Silent())
+    return subject, hashed.files
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    """Tensors by name, the SHA-256 of their bytes, and that of the files they lie in, where it was asked for."""
+
+    listed: dict[str, TensorInfo]
+    tensors: dict[str, str]
+    files: dict[str, str]
+
+
+_Hasher = Callable[[Path, Progress], _Hashed]
+
+
+def _subject(folder: Path, hash_weights: _Hasher, progress: Progress) -> tuple[Subject, _Hashed]:
     config = read_json_object(folder / "config.json")
-    weights, dtype = _weights(folder, tied=config.get("tie_word_embeddings") is True, progress=progress or Silent())
+    hashed = hash_weights(folder, progress)
+    weights, dtype = _weights(folder, hashed, tied=config.get("tie_word_embeddings") is True)
     prompt = folder / "system_prompt.txt"
     generation = folder / "generation_config.json"
-    return Subject(
+    subject = Subject(
         weights=weights,
         config=_digest(folder / "config.json", config),
         tokenizer=_tokenizer_digest(folder),
@@ -163,10 +191,24 @@ def subject_of(folder: Path, progress: Progress | None = None) -> Subject:
         generation_config=_digest(generation, read_json_object(generation) if generation.is_file() else {}),
         dtype=dtype,
     )
+    return subject, hashed
 
 
-def _weights(folder: Path, *, tied: bool, progress: Progress) -> tuple[str, str]:
+def _weights(folder: Path, hashed: _Hashed, *, tied: bool) -> tuple[str, str]:
     """Digest over [name, dtype, shape, sha256 of the little-endian bytes] sorted by name, and the dtype's name."""
+    listed, hashes = dict(hashed.listed), hashed.tensors
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if tied and head in listed:
+        if hashes[head] != hashes.get(embedding):
+            raise FormatError(f"{folder}: {head} is not {embedding}, though config.json ties them: correct one of them")
+        del listed[head]
+    entries = [[name, listed[name].dtype, list(listed[name].shape), hashes[name]] for name in sorted(listed)]
+    names = sorted({_DTYPE_NAMES.get(tensor.dtype, tensor.dtype.lower()) for tensor in listed.values()})
+    return digest(entries), "+".join(names)
+
+
+def _hash_tensors(folder: Path, progress: Progress) -> _Hashed:
+    """The tensors alone: one thread takes one tensor, so that a single file keeps every core busy."""
     jobs = [(folder / name, tensor) for name, tensors in weight_files(folder).items() for tensor in tensors.values()]
     total = sum(tensor.end - tensor.start for _, tensor in jobs) / 1e6
     hashes: dict[str, str] = {}
@@ -176,15 +218,7 @@ def _weights(folder: Path, *, tied: bool, progress: Progress) -> tuple[str, str]
         for (_, tensor), value in zip(jobs, pool.map(_hash_range, jobs), strict=True):
             hashes[tensor.name] = value
             task.advance((tensor.end - tensor.start) / 1e6)
-    listed = {tensor.name: tensor for _, tensor in jobs}
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if tied and head in listed:
-        if hashes[head] != hashes.get(embedding):
-            raise FormatError(f"{folder}: {head} is not {embedding}, though config.json ties them: correct one of them")
-        del listed[head]
-    entries = [[name, listed[name].dtype, list(listed[name].shape), hashes[name]] for name in sorted(listed)]
-    names = sorted({_DTYPE_NAMES.get(tensor.dtype, tensor.dtype.lower()) for tensor in listed.values()})
-    return digest(entries), "+".join(names)
+    return _Hashed({tensor.name: tensor for _, tensor in jobs}, hashes, {})
 
 
 def _hash_range(job: tuple[Path, TensorInfo]) -> str:
@@ -201,6 +235,80 @@ def _hash_range(job: tuple[Path, TensorInfo]) -> str:
             state.update(buffer[:count])
             left -= count
     return state.hexdigest()
+
+
+def _hash_files(folder: Path, progress: Progress) -> _Hashed:
+    """Tensors and files, side by side, from one reading of each file."""
+    shards = weight_files(folder)
+    total = sum(max(tensor.end for tensor in tensors.values()) for tensors in shards.values()) / 1e6
+    hashes: dict[str, str] = {}
+    shown = progress if total >= 1 else Silent()
+    cores, lock = os.cpu_count() or 1, threading.Lock()
+    # A file keeps two threads busy. Those that read wait for those that hash, never the other way round.
+    with (
+        shown.task("hash the weights", total, "MB") as task,
+        ThreadPoolExecutor(cores) as hashing,
+        ThreadPoolExecutor(max(1, cores // 2)) as reading,
+    ):
+
+        def advance(count: int) -> None:
+            with lock:
+                task.advance(count / 1e6)
+
+        def one(name: str) -> str:
+            whole, found = _hash_file(folder / name, shards[name], hashing, advance)
+            hashes.update(found)
+            return whole
+
+        files = dict(zip(shards, reading.map(one, shards), strict=True))
+    return _Hashed({name: info for tensors in shards.values() for name, info in tensors.items()}, hashes, files)
+
+
+def _hash_file(
+    path: Path, tensors: Mapping[str, TensorInfo], pool: ThreadPoolExecutor, advance: Callable[[int], None]
+) -> tuple[str, dict[str, str]]:
+    """The SHA-256 of a file and of each of its tensors, which lie in it in this order and to its end."""
+    whole, parts = hashlib.sha256(), _Parts(tensors)
+    buffers = [memoryview(bytearray(min(_CHUNK, parts.end))) for _ in range(2)]
+    with open_regular(path) as file:
+        at, count = 0, file.readinto(buffers[0])
+        while count:
+            chunk = buffers[0][:count]
+            jobs = (pool.submit(whole.update, chunk), pool.submit(parts.update, chunk, at))
+            at += count
+            buffers.reverse()
+            try:
+                count = file.readinto(buffers[0])  # the next chunk, while this one is hashed
+            finally:
+                for job in jobs:
+                    job.result()
+            advance(len(chunk))
+            if at > parts.end:
+                break
+    if at != parts.end:
+        raise FormatError(f"{path}: changed its length while it was read: leave it alone and try again")
+    return whole.hexdigest(), parts.digests()
+
+
+class _Parts:
+    """The SHA-256 of each tensor of a file that is given chunk by chunk."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self._states = [(tensor, hashlib.sha256()) for tensor in tensors.values()]
+        self._next = 0
+        self.end = max(tensor.end for tensor in tensors.values())
+
+    def update(self, chunk: memoryview, at: int) -> None:
+        """`chunk` stands at the offset `at`."""
+        while self._next < len(self._states):
+            tensor, state = self._states[self._next]
+            state.update(chunk[max(tensor.start - at, 0) : max(tensor.end - at, 0)])
+            if tensor.end > at + len(chunk):
+                return
+            self._next += 1
+
+    def digests(self) -> dict[str, str]:
+        return {tensor.name: state.hexdigest() for tensor, state in self._states}
 
 
 def _digest(path: Path, value: Mapping[str, Any]) -> str:
