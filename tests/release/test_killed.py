@@ -1,4 +1,4 @@
-"""kill -9 at 20 random moments on the way from a test to a release: nothing half-written verifies, a rerun completes."""
+"""kill -9 at 20 random moments from a test to a release: nothing half-written verifies, and a rerun completes."""
 
 from __future__ import annotations
 
