@@ -20,6 +20,7 @@ from steelyard.cli import (
     ledger,
     measure,
     model,
+    publish,
     published,
     release,
     run,
@@ -46,6 +47,7 @@ app.command("attest")(release.attest)
 app.command("approve")(release.approve)
 app.command("seal")(release.seal)
 app.command("verify")(release.verify)
+app.command("publish")(publish.publish)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(safety.app, name="safety")
