@@ -19,6 +19,7 @@ from scenario import Chain
 from steelyard.base.canonical import sha256_file, sha256_hex
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Silent
+from steelyard.model.identity import subject_of
 from steelyard.release.publish import (
     Published,
     Release,
@@ -226,6 +227,7 @@ def test_to_a_folder(there: There, tmp_path: Path) -> None:
         "destination": str(out),
         "manifest": done.manifest,
         "name": "tiny",
+        "weights": subject_of(bundle).weights,
         "recipient": None,
         "started": started.payload["started"],
         "finished": finished.payload["finished"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -51,14 +51,18 @@ def publish(
         raise UsageError("whom do you trust? Give --trust FILE, or --key PEM (not both)")
     parse_destination(to, recipient)
     progress = default_progress(as_json=as_json)
-    held: dict[str, Any] = {"keys": key or [], "policy": policy, "revocations": revocations or []}
-    if trust is not None:
-        held["trust"] = trust
-    if withdrawn is not None:
-        held |= {"withdrawn": withdrawn, "state": workspace / "lists.json"}
 
     def check(folder: Path) -> Verification:
-        return verify_bundle(folder, progress=progress, **held)
+        return verify_bundle(
+            folder,
+            keys=key or [],
+            policy=policy,
+            trust=trust,
+            revocations=revocations or [],
+            withdrawn=withdrawn,
+            state=None if withdrawn is None else workspace / "lists.json",
+            progress=progress,
+        )
 
     with Ledger(workspace / "ledger.sqlite") as ledger:
         published = publish_bundle(

@@ -26,7 +26,7 @@ from steelyard.base.canonical import sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import open_regular, read_bounded
 from steelyard.base.progress import Progress, Silent
-from steelyard.release.bundle import HOME, MANIFEST, MANIFEST_LIMIT, read_manifest
+from steelyard.release.layout import MANIFEST, MANIFEST_LIMIT, SIGNING, read_manifest
 
 if TYPE_CHECKING:
     from steelyard.ledger.ledger import Ledger
@@ -62,8 +62,8 @@ class Release:
     """What was verified: the content (the manifest last), and the files that sign. `manifest` is its SHA-256."""
 
     name: str
-    folder: Path
     manifest: str
+    weights: str
     content: tuple[ReleaseFile, ...]
     signing: tuple[ReleaseFile, ...]
 
@@ -144,8 +144,9 @@ def publish(
         raise UsageError(f"--to {to}: lies in the bundle: choose a place outside of it")
     release = verified_release(bundle, check)
     known: dict[str, Any] = {"destination": where.text, "manifest": release.manifest}
+    named = {"name": release.name, "weights": release.weights}
     if not ledger.events("release.publishing", **known):
-        ledger.append("release.publishing", {**known, "name": release.name, "started": _now()})
+        ledger.append("release.publishing", {**known, **named, "started": _now()})
     if where.folder is not None:
         from steelyard.release.publish_folder import publish_folder
 
@@ -161,8 +162,8 @@ def publish(
         settings = {"commit": published.commit, "tag": published.tag, "private": private, "gated": gated}
     if not ledger.events("release.published", **known):
         began = ledger.events("release.publishing", **known)[0].payload["started"]
-        done = {"name": release.name, "started": began, "finished": _now(), "recipient": recipient}
-        ledger.append("release.published", {**known, **done, **settings})
+        done = {"started": began, "finished": _now(), "recipient": recipient}
+        ledger.append("release.published", {**known, **named, **done, **settings})
     return published
 
 
@@ -176,29 +177,20 @@ def verified_release(bundle: Path, check: Check) -> Release:
         text = "; ".join(reasons[:_SHOWN]) + more
         raise SteelyardError(f"{bundle}: does not verify, so nothing is published: {text}")
     manifest = read_manifest(bundle)
-    if _held(bundle) != before:
+    held = {name: ReleaseFile(name, len(data), sha256_hex(data), bundle / name, data) for name, data in before.items()}
+    if _held(bundle) != before or result.manifest != held[MANIFEST].sha256:
         raise SteelyardError(f"{bundle}: changed while it was verified: leave it alone and try again")
     listed = tuple(ReleaseFile(file.path, file.size, file.sha256, bundle / file.path) for file in manifest.files)
-    held = {
-        name: ReleaseFile(name, len(data), sha256_hex(data), bundle / name, data)
-        for name, data in before.items()
-        if name not in {file.path for file in listed}
-    }
-    signing = tuple(held[name] for name in sorted(held) if name != MANIFEST)
-    name = bundle.resolve().name
-    return Release(name, bundle, held[MANIFEST].sha256, (*listed, held[MANIFEST]), signing)
+    signing = tuple(held[name] for name in SIGNING if name in held)
+    return Release(result.name, result.manifest, result.weights, (*listed, held[MANIFEST]), signing)
 
 
 def _held(bundle: Path) -> Mapping[str, bytes]:
-    """The manifest and the files that sign: all of `steelyard/` that the manifest does not list."""
+    """The manifest and the files that sign."""
+    limits = dict.fromkeys(SIGNING, SIGNING_LIMIT) | {MANIFEST: MANIFEST_LIMIT}
+    there = [name for name in (MANIFEST, *SIGNING) if os.path.lexists(bundle / name)]
     try:
-        listed = {file.path for file in read_manifest(bundle).files}
-        names = sorted(f"{HOME}/{entry.name}" for entry in (bundle / HOME).iterdir())
-        return {
-            name: read_bounded(bundle / name, MANIFEST_LIMIT if name == MANIFEST else SIGNING_LIMIT)
-            for name in names
-            if name not in listed
-        }
+        return {name: read_bounded(bundle / name, limits[name]) for name in there}
     except FormatError as error:
         raise SteelyardError(f"{bundle}: does not verify, so nothing is published: {error}") from error
 
