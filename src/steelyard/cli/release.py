@@ -36,6 +36,13 @@ LicenseName = Annotated[str | None, typer.Option(help="With --license other: its
 LicenseLink = Annotated[str | None, typer.Option(help="With --license other: https://..., or the file LICENSE.")]
 BaseModel = Annotated[str | None, typer.Option(help="The base model's id on the Hub, for the model card.")]
 Repository = Annotated[str | None, typer.Option(help="The id on the Hub that it will have, for the model card.")]
+Certificates = Annotated[
+    Path | None,
+    typer.Option(help="PEM: your certificate, then those up to the root that others pin.", callback=existing_file),
+]
+Sigstore = Annotated[
+    bool, typer.Option("--sigstore", help="Have Sigstore sign the files instead of the key (needs the network).")
+]
 Predecessor = Annotated[
     Path | None, typer.Option(help="The predecessor's model folder; needed only where a server answered for it.")
 ]
@@ -54,6 +61,8 @@ def release(
     license_link: LicenseLink = None,
     base_model: BaseModel = None,
     repository: Repository = None,
+    certificates: Certificates = None,
+    sigstore: Sigstore = False,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
@@ -65,6 +74,7 @@ def release(
     from steelyard.ledger.ledger import Ledger
     from steelyard.release.bundle import write_bundle
     from steelyard.release.refused import Refused
+    from steelyard.release.signers import Signing
     from steelyard.release.trust import load_trust
     from steelyard.release.writing import about_model
     from steelyard.safety.policy import load_policy
@@ -84,6 +94,7 @@ def release(
                 predecessor=predecessor,
                 trust=mine,
                 about=about,
+                how=Signing(certificates, sigstore),
                 out=out,
                 progress=default_progress(as_json=as_json),
             ).decision
@@ -110,6 +121,7 @@ def attest(
     license_link: LicenseLink = None,
     base_model: BaseModel = None,
     repository: Repository = None,
+    certificates: Certificates = None,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
@@ -121,6 +133,7 @@ def attest(
     from steelyard.ledger.ledger import Ledger
     from steelyard.release.bundle import attest as write_candidate
     from steelyard.release.refused import Refused
+    from steelyard.release.signers import Signing
     from steelyard.release.trust import load_trust
     from steelyard.release.writing import about_model
     from steelyard.safety.policy import load_policy
@@ -141,6 +154,7 @@ def attest(
                 predecessor=predecessor,
                 trust=mine,
                 about=about,
+                how=Signing(certificates),
                 out=candidate,
                 progress=default_progress(as_json=as_json),
             ).decision
@@ -155,6 +169,7 @@ def approve(
     candidate: Candidate,
     key: SigningKey,
     trust: OwnTrust,
+    certificates: Certificates = None,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
@@ -163,12 +178,14 @@ def approve(
     """An approver's part of a release: check the candidate with your own trust file, and add your signed approval."""
     from steelyard.base.progress import default_progress
     from steelyard.release.bundle import approve as add_approval
+    from steelyard.release.signers import Signing
     from steelyard.release.trust import load_trust
 
     mine = load_trust(trust)
     signer, card = _signing(keys or workspace / "keys", key, passphrase_file)
     progress = default_progress(as_json=as_json)
-    added = add_approval(candidate, signer=signer, key=card, trust=mine, progress=progress)
+    how = Signing(certificates)
+    added = add_approval(candidate, signer=signer, key=card, trust=mine, how=how, progress=progress)
     if as_json:
         print_json({"approval": str(added)})
     else:
@@ -180,6 +197,8 @@ def seal(
     out: Annotated[Path, typer.Argument(help="The bundle to write, under the name attested; must not exist.")],
     key: SigningKey,
     trust: OwnTrust,
+    certificates: Certificates = None,
+    sigstore: Sigstore = False,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
@@ -190,13 +209,17 @@ def seal(
     from steelyard.base.progress import default_progress
     from steelyard.ledger.ledger import Ledger
     from steelyard.release.bundle import seal as write_sealed
+    from steelyard.release.signers import Signing
     from steelyard.release.trust import load_trust
 
     mine = load_trust(trust)
     signer, card = _signing(keys or workspace / "keys", key, passphrase_file)
     progress = default_progress(as_json=as_json)
     with Ledger(workspace / "ledger.sqlite") as ledger:
-        found = write_sealed(candidate, out, signer=signer, key=card, trust=mine, ledger=ledger, progress=progress)
+        how = Signing(certificates, sigstore)
+        found = write_sealed(
+            candidate, out, signer=signer, key=card, trust=mine, ledger=ledger, how=how, progress=progress
+        )
     _print_verification(out, found, as_json=as_json)
 
 

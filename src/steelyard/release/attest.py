@@ -153,11 +153,15 @@ def test_result(
 test_result.__test__ = False  # type: ignore[attr-defined]
 
 
-def sign(payload: bytes, signer: Signer) -> bytes:
-    """The DSSE envelope over `payload`, as canonical JSON with one signature."""
+def sign(payload: bytes, signer: Signer, certificates: str | None = None) -> bytes:
+    """The DSSE envelope over `payload`, as canonical JSON with one signature; `certificates` (PEM, the signer's own
+    first) go into it, for those who trust the authority that issued them instead of the key."""
     envelope = Envelope(payload, PAYLOAD_TYPE, {})
     envelope.sign(signer)
-    return canonical_json(envelope.to_dict()) + b"\n"
+    data = envelope.to_dict()
+    if certificates is not None:
+        data["signatures"][0]["certificate"] = certificates
+    return canonical_json(data) + b"\n"
 
 
 def read_envelope(data: bytes, where: str) -> tuple[bytes, dict[str, str]]:
@@ -176,12 +180,21 @@ def read_envelope(data: bytes, where: str) -> tuple[bytes, dict[str, str]]:
         raise FormatError(f"{where}: {count} signatures, where exactly 1 is expected")
     found: dict[str, str] = {}
     for signature in signatures:
-        if not isinstance(signature, dict) or set(signature) != {"keyid", "sig"}:
-            raise FormatError(f"{where}: a signature holds keyid and sig, nothing else")
+        if not isinstance(signature, dict) or set(signature) - {"certificate"} != {"keyid", "sig"}:
+            raise FormatError(f"{where}: a signature holds keyid and sig, perhaps a certificate, nothing else")
+        if not isinstance(signature.get("certificate", ""), str):
+            raise FormatError(f"{where}: certificate is not a text in PEM")
         if not isinstance(signature["keyid"], str):
             raise FormatError(f"{where}: keyid is not a string")
         found[signature["keyid"]] = _base64(signature["sig"], f"{where}: sig").hex()
     return _base64(raw["payload"], f"{where}: payload"), found
+
+
+def envelope_certificates(data: bytes, where: str) -> str | None:
+    """The certificates (PEM) that an envelope carries, *unverified*; None where it carries none. Raises FormatError."""
+    read_envelope(data, where)
+    found: str | None = strict_json(data, where, limit=ENVELOPE_LIMIT)["signatures"][0].get("certificate")
+    return found
 
 
 def verify_envelope(data: bytes, where: str, keys: Sequence[Key]) -> tuple[bytes, Key]:

@@ -31,6 +31,7 @@ from steelyard.release.gate import Decision, decide
 from steelyard.release.keys import KeyInfo
 from steelyard.release.layout import MANIFEST, TEST_RESULT
 from steelyard.release.refused import Refused
+from steelyard.release.signers import Signing, trusted_signer
 from steelyard.release.statements import Approval, approval_payload, release_subjects, stamp
 from steelyard.release.trust import Trust, one_key
 from steelyard.release.writing import About, add_approval, copy_candidate, write_candidate, write_seals
@@ -65,6 +66,7 @@ def write_bundle(
     aside: Path | None = None,
     trust: Trust | None = None,
     about: About = About(),  # noqa: B008 (frozen)
+    how: Signing = Signing(),  # noqa: B008 (frozen)
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Released:
@@ -72,9 +74,9 @@ def write_bundle(
 
     The release is called by the name of `out`; an earlier one there is renamed to `aside` after the PASS, and back
     where this fails. `predecessor` as in `decide`; `trust`: what the finished bundle is verified with (None: the key
-    itself); `about`: for its papers. Raises Refused, with the decision, on any other verdict; UsageError where nobody
-    states a licence; SteelyardError where `out` exists and there is no `aside`, and where the finished bundle does not
-    verify.
+    itself); `about`: for its papers; `how`: to sign, besides the key. Raises Refused, with the decision, on any other
+    verdict; UsageError where nobody states a licence; SteelyardError where `out` exists and there is no `aside`, and
+    where the finished bundle does not verify.
     """
     progress, now = progress or Silent(), now or datetime.now(UTC)
     _check_signer(signer, key)
@@ -95,10 +97,10 @@ def write_bundle(
     )
     _check_pass(decision, run)
     with _moved_aside(out, aside), new_folder(out) as folder:
-        write_candidate(folder, run, model, policy, decision, ledger, signer, key, out.name, about, now, progress)
+        write_candidate(folder, run, model, policy, decision, ledger, signer, key, out.name, about, how, now, progress)
         trust = trust or one_key([signer.public_key], policy)
         candidate = _examined(folder, trust, "approved", now, progress, f"{out}: what was just written")
-        write_seals(folder, candidate, policy, signer, key, now)
+        write_seals(folder, candidate, policy, signer, key, how, now)
         sealed = _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")
         _note(ledger, folder, sealed)
     return Released(out, decision)
@@ -120,6 +122,7 @@ def attest(
     predecessor: Path | None = None,
     trust: Trust | None = None,
     about: About = About(),  # noqa: B008 (frozen)
+    how: Signing = Signing(),  # noqa: B008 (frozen)
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Released:
@@ -144,7 +147,7 @@ def attest(
     _check_pass(decision, run)
     with new_folder(out) as folder:
         write_candidate(
-            folder, run, model, policy, decision, ledger, signer, key, name or out.name, about, now, progress
+            folder, run, model, policy, decision, ledger, signer, key, name or out.name, about, how, now, progress
         )
         own = Trust(evaluators=(signer.public_key,), approvers=(), releasers=(), policy=policy)
         _examined(folder, own, "attested", now, progress, f"{out}: the candidate just written")
@@ -158,6 +161,7 @@ def approve(
     signer: CryptoSigner,
     key: KeyInfo,
     trust: Trust,
+    how: Signing = Signing(),  # noqa: B008 (frozen)
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -168,8 +172,6 @@ def approve(
     progress, now = progress or Silent(), now or datetime.now(UTC)
     _check_signer(signer, key)
     found = _examined(candidate, trust, "candidate", now, progress, str(candidate))
-    if signer.public_key.keyid not in {one.keyid for one in trust.approvers}:
-        raise SteelyardError(f"key {key.name!r} is none of the approvers of your trust file")
     approval = Approval(
         name=found.name,
         test_result=sha256_file(candidate / TEST_RESULT),
@@ -179,7 +181,12 @@ def approve(
         version=__version__,
     )
     payload = approval_payload(release_subjects(found.weights, found.oms, found.manifest), approval)
-    added = add_approval(candidate, sign(payload, signer))
+    envelope = sign(payload, signer, how.pem)
+    try:
+        trusted_signer(envelope, "approval", "approvers", trust, now)
+    except SteelyardError as error:
+        raise SteelyardError(f"key {key.name!r} is none of the approvers of your trust file: {error}") from error
+    added = add_approval(candidate, envelope)
     try:
         _examined(candidate, trust, "candidate", now, progress, f"{added}: not added")
     except SteelyardError:
@@ -196,6 +203,7 @@ def seal(
     key: KeyInfo,
     trust: Trust,
     ledger: Ledger,
+    how: Signing = Signing(),  # noqa: B008 (frozen)
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -217,7 +225,7 @@ def seal(
         policy = trust.policy
         if policy is None:
             raise SteelyardError("the trust file names no policy")
-        write_seals(folder, found, policy, signer, key, now)
+        write_seals(folder, found, policy, signer, key, how, now)
         sealed = _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")
         _note(ledger, folder, sealed)
     return sealed

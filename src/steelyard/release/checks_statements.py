@@ -24,11 +24,11 @@ from steelyard.release.attest import (
     parse_test_result,
     parse_time,
     read_envelope,
-    verify_envelope,
 )
 from steelyard.release.checks_files import relative
 from steelyard.release.evidence import CLOCKS_APART, Evidence
 from steelyard.release.layout import APPROVALS, JOURNAL, MODEL_SIGNATURE, SUMMARY, TEST_RESULT
+from steelyard.release.signers import trusted_signer
 from steelyard.release.statements import Approval, Summary, parse_approval, parse_summary, summary_properties
 from steelyard.release.trust import Role, Trust
 from steelyard.safety.criteria import CriterionResult
@@ -41,12 +41,14 @@ Parse = Callable[[bytes, str], tuple[dict[str, str], datetime, T]]
 
 @dataclass(frozen=True)
 class Signed(Generic[T]):
-    """A statement as read. `envelope`: SHA-256 of its file; `keyid`: whose key it says signed it, which is true where
-    there is no finding; `time`: when it says it was signed."""
+    """A statement as read. `envelope`: SHA-256 of its file; `keyid`: the key that it says signed it, and `who` holds it
+    (the key id, or the identity in a certificate), which is true where there is no finding; `time`: when it says it was
+    signed."""
 
     file: str
     envelope: str
     keyid: str
+    who: str
     subjects: Mapping[str, str]
     time: datetime
     body: T
@@ -89,10 +91,6 @@ def _read(
     try:
         data = read_bounded(folder / name, ENVELOPE_LIMIT)
         payload, signatures = read_envelope(data, name)
-        try:
-            verify_envelope(data, name, trust.keys(role))
-        except SteelyardError as error:
-            findings.append(Finding("signature", str(error)))
         subjects, time, body = parse(payload, name)
     except OSError as error:
         findings.append(Finding("missing", f"{name}: {error.strerror}"))
@@ -100,7 +98,13 @@ def _read(
     except FormatError as error:
         findings.append(Finding("statement", relative(error, folder)))
         return None
-    return Signed(name, sha256_hex(data), next(iter(signatures)), subjects, time, body)
+    keyid = next(iter(signatures))
+    try:
+        who = trusted_signer(data, name, role, trust, time)
+    except SteelyardError as error:
+        findings.append(Finding("signature", str(error)))
+        who = keyid
+    return Signed(name, sha256_hex(data), keyid, who, subjects, time, body)
 
 
 # -- whose keys ------------------------------------------------------------------------------------------------------
@@ -151,10 +155,10 @@ def check_people(statements: Statements, policy: Policy, trust: Trust, *, counte
     people in every role, where the policy wants that."""
     signers: dict[str, str] = {}
     for approval in statements.approvals:
-        if approval.keyid in signers:
-            text = f"signed by the key of {signers[approval.keyid]} again: one person approves once"
+        if approval.who in signers:
+            text = f"signed by the key of {signers[approval.who]} again: one person approves once"
             yield Finding("approvals", f"{approval.file}: {text}")
-        signers.setdefault(approval.keyid, approval.file)
+        signers.setdefault(approval.who, approval.file)
     wanted = max(policy.keys.approvals, trust.approvals)
     if counted and len(signers) < wanted:
         who = policy.name if wanted == policy.keys.approvals else "your trust file"
@@ -163,11 +167,11 @@ def check_people(statements: Statements, policy: Policy, trust: Trust, *, counte
         return
     yield from _check_pinned(policy, trust)
     for one in (statements.test, statements.summary):
-        if one is not None and one.keyid in signers:
-            text = f"signed by the key of {signers[one.keyid]}: {policy.name} wants another person in each role"
+        if one is not None and one.who in signers:
+            text = f"signed by the key of {signers[one.who]}: {policy.name} wants another person in each role"
             yield Finding("roles", f"{one.file}: {text}")
         elif one is not None:
-            signers[one.keyid] = one.file
+            signers[one.who] = one.file
 
 
 def _check_pinned(policy: Policy, trust: Trust) -> Iterator[Finding]:

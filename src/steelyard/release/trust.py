@@ -6,7 +6,7 @@
     evaluators: [alice.pub.pem]
     approvers: [bob.pub.pem, {key: carol.pub.pem, until: "2027-01-01T00:00:00Z"}]
     approvals: 2
-    releasers: [{certificate_authority: root.pem, identity: dora@example.org}]
+    releasers: [{certificate_authority: root.pem, identity: dora@example.org}]   # or a key
     witnesses: [eve.pub.pem]
     timestamp_authorities: [tsa-root.pem]
     withdrawal: {signers: [dora.pub.pem, bob.pub.pem], quorum: 2}
@@ -34,6 +34,7 @@ from steelyard.base.files import inside, read_bounded
 from steelyard.base.yamlfile import Document, read_yaml
 from steelyard.release.attest import parse_time
 from steelyard.release.certificates import Authority, load_authorities
+from steelyard.release.keyless import SigstoreIdentity
 from steelyard.release.keys import KeyEvent, load_public_key, read_key_event
 from steelyard.release.layout import MAX_APPROVALS
 from steelyard.safety.journal import Finding
@@ -51,11 +52,13 @@ class _Strict(BaseModel):
 
 
 class _Who(_Strict):
-    """A public key, perhaps only until a time; or whoever a certificate authority calls by that identity."""
+    """A public key, perhaps only until a time; whoever a certificate authority calls by that identity; or, for model
+    signatures alone, whoever a Sigstore issuer does."""
 
     key: str | None = None
     until: str | None = None
     certificate_authority: str | None = None
+    issuer: str | None = None
     identity: str | None = Field(default=None, min_length=1, max_length=500)
 
     @model_validator(mode="before")
@@ -65,10 +68,9 @@ class _Who(_Strict):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> _Who:
-        certified = self.certificate_authority is not None and self.identity is not None
-        part = (self.certificate_authority is None) != (self.identity is None)
-        if (self.key is not None) == certified or part or (certified and self.until is not None):
-            raise ValueError("give the path of a public key, or certificate_authority and identity")
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
+        if given not in ({"key"}, {"key", "until"}, {"certificate_authority", "identity"}, {"issuer", "identity"}):
+            raise ValueError("give the path of a public key, or an identity with its certificate_authority or issuer")
         return self
 
 
@@ -103,7 +105,7 @@ class Trust:
     """Keys by role, with what else the verifier holds a release to. `policy` None: the packaged one that it names.
 
     `until`: by key id, the time after which a key signs nothing any more. `events`: revocations and rotations.
-    `authorities`: by role, those who may certify its keys.
+    `authorities`: by role, those who may certify its keys. `sigstore`: whose keyless model signatures count.
     """
 
     evaluators: tuple[Key, ...]
@@ -117,6 +119,7 @@ class Trust:
     events: tuple[KeyEvent, ...] = ()
     until: Mapping[str, datetime] = field(default_factory=dict)
     authorities: Mapping[Role, tuple[Authority, ...]] = field(default_factory=dict)
+    sigstore: tuple[SigstoreIdentity, ...] = ()
 
     def keys(self, role: Role) -> tuple[Key, ...]:
         """The keys of a role."""
@@ -189,6 +192,7 @@ def load_trust(path: Path) -> Trust:
         events=tuple(event for event in events if event is not None),
         until=until,
         authorities={role: found for role, found in authorities.items() if found},
+        sigstore=tuple(_sigstore(document, file)),
     )
 
 
@@ -220,6 +224,17 @@ def _authorities(document: Document, folder: Path, role: str, entries: Sequence[
         if entry.certificate_authority is not None and entry.identity is not None:
             path = _place(document, folder, role, entry.certificate_authority)
             yield from load_authorities(path, entry.identity)
+
+
+def _sigstore(document: Document, file: _TrustFile) -> Iterator[SigstoreIdentity]:
+    for role in ROLES:
+        entries: tuple[_Who, ...] = getattr(file, role)
+        for index, entry in enumerate(entries):
+            if entry.issuer is None or entry.identity is None:
+                continue
+            if role != "releasers":
+                raise document.located((role, index), "Sigstore signs models, not statements: a releaser's only")
+            yield SigstoreIdentity(entry.identity, entry.issuer)
 
 
 def _place(document: Document, folder: Path, key: str, name: str) -> Path:

@@ -292,13 +292,21 @@ def _model_root(work: _Work, files: Files, statements: Statements, progress: Pro
     if MODEL_SIGNATURE not in files.present:
         return None
     signature, findings = check_model_signature(
-        work.folder, work.folder / MODEL_SIGNATURE, work.trust.releasers, UNSIGNED, files.hashes
+        work.folder,
+        work.folder / MODEL_SIGNATURE,
+        work.trust.releasers,
+        UNSIGNED,
+        files.hashes,
+        authorities=work.trust.authorities.get("releasers", ()),
+        identities=work.trust.sigstore,
+        signed=None if statements.summary is None else statements.summary.time,
     )
     work.findings += findings
     if signature is None:
         return None
     work.seen += [("model signature", f"{signature.method}, {signature.key}"), ("OMS root", signature.root)]
-    if signature.keyid is not None and statements.summary is not None:
+    # Sigstore's keys live minutes: there the identity that the verifier pins is what counts.
+    if signature.keyid is not None and signature.method != "sigstore" and statements.summary is not None:
         work.findings += check_model_signer(signature.keyid, statements.summary.keyid)
         work.findings += check_key(MODEL_SIGNATURE, signature.keyid, statements.summary.time, work.trust)
     return signature.root

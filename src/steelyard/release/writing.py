@@ -30,6 +30,7 @@ from steelyard.release.commitment import copy_commitment
 from steelyard.release.eval_results import eval_results
 from steelyard.release.evidence import Evidence, read_run
 from steelyard.release.gate import Decision
+from steelyard.release.keyless import sign_model_keyless
 from steelyard.release.keys import KeyInfo
 from steelyard.release.layout import (
     APPROVALS,
@@ -54,6 +55,7 @@ from steelyard.release.layout import (
 from steelyard.release.licenses import License, parse_license
 from steelyard.release.lineage import HUB_ID, Lineage, gather_lineage, read_card
 from steelyard.release.oms import model_root, sign_model
+from steelyard.release.signers import Signing
 from steelyard.release.statements import (
     Summary,
     SummaryFacts,
@@ -111,6 +113,7 @@ def write_candidate(
     key: KeyInfo,
     name: str,
     about: About,
+    how: Signing,
     now: datetime,
     progress: Progress,
 ) -> None:
@@ -149,7 +152,7 @@ def write_candidate(
         passed=[criterion.name for criterion in decision.criteria],
         facts=facts,
     )
-    (folder / TEST_RESULT).write_bytes(sign(payload, signer))
+    (folder / TEST_RESULT).write_bytes(sign(payload, signer, how.pem))
 
 
 def _write_evidence(folder: Path, run: Path, evidence: Evidence, policy: Policy) -> None:
@@ -180,7 +183,13 @@ def _write_documents(
 
 
 def write_seals(
-    folder: Path, found: Verification, policy: Policy, signer: CryptoSigner, key: KeyInfo, now: datetime
+    folder: Path,
+    found: Verification,
+    policy: Policy,
+    signer: CryptoSigner,
+    key: KeyInfo,
+    how: Signing,
+    now: datetime,
 ) -> None:
     """The releaser's summary and model signature, over a folder that was `found` as it must be."""
     approvals = tuple(sha256_file(folder / name) for name in APPROVALS if (folder / name).exists())
@@ -198,9 +207,13 @@ def write_seals(
             version=__version__,
         ),
     )
-    sign_model(folder, folder / MODEL_SIGNATURE, signer, UNSIGNED, found.oms, name=found.name)
+    signature = folder / MODEL_SIGNATURE
+    if how.sigstore:
+        sign_model_keyless(folder, signature, UNSIGNED, found.oms, name=found.name)
+    else:
+        sign_model(folder, signature, signer, UNSIGNED, found.oms, name=found.name, certificates=how.certificates)
     payload = summary_payload(release_subjects(found.weights, found.oms, found.manifest), summary)
-    (folder / SUMMARY).write_bytes(sign(payload, signer))
+    (folder / SUMMARY).write_bytes(sign(payload, signer, how.pem))
 
 
 def add_approval(candidate: Path, envelope: bytes) -> Path:
