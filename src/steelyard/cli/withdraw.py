@@ -1,4 +1,4 @@
-"""`steelyard withdraw` and `steelyard releases`: the signed list that reaches who has a copy, and what became of all."""
+"""`steelyard withdraw` and `steelyard releases`: the signed list that reaches everyone, and what became of all."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class Notice:
     @property
     def stem(self) -> str:
         """The name of the notice's files, without their ending."""
-        return f"{re.sub('[^A-Za-z0-9._-]+', '-', self.entry.name).strip('.-')[:80] or 'release'}-{self.entry.manifest[:16]}"
+        name = re.sub("[^A-Za-z0-9._-]+", "-", self.entry.name).strip(".-")[:80]
+        return f"{name or 'release'}-{self.entry.manifest[:16]}"
 
     @property
     def _commands(self) -> str:
@@ -95,8 +96,8 @@ def notice_html(notice: Notice) -> str:
         f'<p class="stop"><strong>Do not use this model.</strong> Its maker withdrew it at {_html(entry.time)}.</p>'
         f'<h2>Why</h2><p class="why">{_html(entry.reason)}</p>'
         f"<h2>What to do</h2><ul>{''.join(f'<li>{step}</li>' for step in steps)}</ul>"
-        "<h2>Is your copy meant?</h2><p>Compare the first digest with the manifest below. The second command also finds "
-        f"the same weights under another name.</p><pre>{escape(notice._commands)}</pre>"
+        "<h2>Is your copy meant?</h2><p>Compare the first digest with the manifest below. The second command also "
+        f"finds the same weights under another name.</p><pre>{escape(notice._commands)}</pre>"
         f"<h2>What was withdrawn</h2><dl>{''.join(f'<dt>{key}</dt><dd>{value}</dd>' for key, value in facts)}</dl>"
         "</main></body></html>\n"
     )
@@ -125,8 +126,8 @@ def notice_markdown(notice: Notice, *, hub: bool = False) -> str:
         "",
         "## Is your copy meant?",
         "",
-        "Compare the first digest with the manifest below. The second command also finds the same weights under another",
-        "name.",
+        "Compare the first digest with the manifest below. The second command also finds the same weights under",
+        "another name.",
         "",
         *(f"    {line}" for line in notice._commands.splitlines()),
         "",

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +44,7 @@ class Taken:
 def take_down(
     notice: Notice, ledger: Ledger, aside: Path, *, delete: bool = False, access: Access = "private"
 ) -> list[Taken]:
-    """Every place to which the ledger says that this release went, whole or in part. `aside`: folder for its weights."""
+    """Every place to which the ledger says that this release went, whole or in part. `aside`: for its weights."""
     found = []
     manifest = notice.entry.manifest
     for destination in _destinations(ledger, manifest):
@@ -180,20 +181,20 @@ def _repository(destination: str, notice: Notice, access: Access) -> Taken:
 def _hub() -> Iterator[tuple[Any, Any]]:
     """huggingface_hub, whose own client would wait for ever, and its API."""
     try:
-        import httpx
         import huggingface_hub as hub
         import huggingface_hub.errors
     except ImportError:
         raise require_extra("huggingface_hub", "models") from None
     session = hub.get_session()
-    hooks = {"request": session.event_hooks["request"]}
-    hub.set_client_factory(lambda: httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT))
+    kind, hooks = type(session), {"request": session.event_hooks["request"]}
+    library: Any = import_module(kind.__module__.partition(".")[0])  # httpx, or what took its place
+    hub.set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT))
     try:
         # Read here, not at the library's import: a process may set it later.
         yield hub, hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or hub.constants.ENDPOINT)
-    except httpx.HTTPError as error:
+    except library.HTTPError as error:
         raise SteelyardError(
             f"the Hub cannot be reached ({type(error).__name__}): run the same command again"
         ) from error
     finally:
-        hub.set_client_factory(lambda: httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=None))
+        hub.set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=None))

@@ -3,7 +3,7 @@
     findings = check_withdrawn("https://example.org/withdrawn.json", trust, manifest=..., weights=..., state=None)
 
 The file is a DSSE envelope with a payload type of its own, so that no signature made for anything else fits it, and
-with the signatures of a quorum. A list only grows: its entries never change and never go. Each one has a sequence number,
+with the signatures of a quorum. A list only grows: its entries never change and never go. Each has a sequence number,
 an end, and the SHA-256 of the list before it. What a verifier has seen is remembered (`withdrawal_seen`), so an older,
 a forked or a shortened list is refused; a list that was held back is refused once its end is over. The roles are those
 of The Update Framework's snapshot and timestamp (theupdateframework.github.io, sections 5.4 and 5.5) in one file.
@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import Signature, Signer  # type: ignore[attr-defined]  # names it does not re-export
@@ -28,6 +28,7 @@ from securesystemslib.signer import Signature, Signer  # type: ignore[attr-defin
 from steelyard.base.canonical import canonical_json, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.strict import strict_json
+from steelyard.model.identity import Sha256
 from steelyard.release.attest import parse_time
 from steelyard.release.evidence import CLOCKS_APART
 from steelyard.release.trust import Trust
@@ -35,15 +36,13 @@ from steelyard.release.withdrawal_source import read_source
 from steelyard.safety.journal import Finding
 
 PAYLOAD_TYPE = "application/vnd.steelyard.withdrawals+json"
-LIST_LIMIT = 8_000_000  # bytes of the file
+LIST_LIMIT = 16_000_000  # bytes of the file; the longest list has 14 million
 MAX_ENTRIES = 2_000
 MAX_SIGNATURES = 20
 MAX_VALID = timedelta(days=366)  # from issue to end
 LIST_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MAX_REASON = 1_000  # characters
 _DEPTH = 4
-
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class _Strict(BaseModel):

@@ -22,10 +22,11 @@ from steelyard.base.canonical import canonical_json, digest
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import read_bounded, write_atomic
 from steelyard.base.strict import strict_json
+from steelyard.model.identity import Sha256
 from steelyard.release.attest import parse_time
 from steelyard.release.evidence import CLOCKS_APART
 from steelyard.release.trust import Trust
-from steelyard.release.withdrawal import MAX_ENTRIES, Entry, Sha256, SignedList
+from steelyard.release.withdrawal import MAX_ENTRIES, Entry, SignedList
 from steelyard.safety.journal import Finding
 
 _LIMIT = 1_000_000  # bytes
