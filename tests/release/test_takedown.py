@@ -177,8 +177,9 @@ class Hub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
-        self.tokens.add(request.headers.get("Authorization"))
         path = request.path
+        if path.startswith("/api/models/"):
+            self.tokens.add(request.headers.get("Authorization"))
         if self.status != 200:
             self.reply(request, self.status, {"error": "refused"})
         elif request.command == "PUT" and path == "/api/models/org/wizard/settings":
@@ -255,10 +256,10 @@ def test_a_repository_is_closed_first_and_then_shows_the_notice(
     (taken,) = take(ledger, tmp_path, access=access)
     assert taken.done, taken
     assert hub.order == ["settings", "commit"]
-    assert hub.settings == [setting] or (access, hub.settings) == ("private", [{"private": True}])
+    assert hub.settings in ([setting], [{"private": True}] if access == "private" else [])  # by the library's version
     assert set(hub.files) == {"README.md"}
     assert b"# Withdrawn: wizard" in hub.files["README.md"]
-    assert hub.tokens <= {"Bearer hf_secret"}
+    assert hub.tokens == {"Bearer hf_secret"}
     assert take(ledger, tmp_path, access=access) == []
     assert hub.order == ["settings", "commit"]
 
