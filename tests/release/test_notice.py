@@ -92,3 +92,10 @@ def test_a_notice_has_a_safe_file_name(name: str) -> None:
 def test_the_commands_are_safe_to_copy() -> None:
     for url in ("https://e.org/x; rm -rf ~", "https://e.org/$(id)", "https://e.org/`id`", "x"):
         assert "--list withdrawn.json" in notice_markdown(notice(url=url))
+
+
+def test_markdown_takes_no_line_for_a_list_or_a_link() -> None:
+    lines = ("1. one", "- two", "+ three", "www.example.org and https://example.org", "a-b 1.5")
+    text = notice_markdown(notice(reason="\n".join(lines)))
+    for shown in ("> 1\\. one", "> \\- two", "> \\+ three", "> www&#46;example.org and https:&#47;&#47;", "> a-b 1.5"):
+        assert shown in text

@@ -150,11 +150,8 @@ def _html(text: str) -> str:
 def _markdown(text: str) -> str:
     """One line of plain text: nothing in it is taken for Markdown, HTML or a link."""
     line = " ".join(visible(text).split())
-    line = re.sub(r"([\\`*_{}\[\]()#+.!|~^$-])", r"\\\1", line)
-    return (
-        line.replace("&", "&amp;")
-        .replace("<", "&lt;")
-        .replace(">", "&gt;")
-        .replace("://", ":&#47;&#47;")
-        .replace("@", "&#64;")
-    )
+    line = re.sub(r"([\\`*_{}\[\]()#!|~^$])", r"\\\1", line)
+    line = re.sub(r"^([-+=]|\d+(?=\.))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)
+    for plain, spelled in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("://", ":&#47;&#47;"), ("@", "&#64;")):
+        line = line.replace(plain, spelled)
+    return re.sub(r"(?i)\b(www)\.", r"\1&#46;", line)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steelyard.base.canonical import sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError
@@ -14,6 +15,7 @@ from steelyard.base.progress import Progress, Silent
 from steelyard.model.identity import subject_of
 from steelyard.release.attest import ENVELOPE_LIMIT, parse_statement, read_envelope
 from steelyard.release.layout import MANIFEST, MANIFEST_LIMIT, TEST_RESULT, parse_manifest
+from steelyard.safety.journal import read_journal
 
 if TYPE_CHECKING:
     from steelyard.ledger.ledger import Ledger
@@ -48,11 +50,12 @@ def find_release(what: str, ledger: Ledger, *, weights: str | None = None, progr
     if len(manifests) > 1:
         text = f"has {len(manifests)} releases, name one by its manifest: {', '.join(manifests)}"
         raise SteelyardError(f"{what}: {text}")
-    noted = {str(payload["weights"]) for payload in named if "weights" in payload}
-    found = noted or ({weights} if weights else set()) or _published_weights(manifests[0], ledger, progress or Silent())
-    if len(found) != 1 or not _HEX.fullmatch(root := next(iter(found))) or (weights and weights != root):
-        text = "the ledger does not tell its weights, which would stay in use under another name"
-        raise SteelyardError(f"{what}: {text}: give the bundle's folder, or its weights root (--weights)")
+    root = _tested_weights(named[-1], ledger) or weights or ""
+    if not _HEX.fullmatch(root) or (weights or root) != root:
+        text = (
+            "its weights, which would stay in use under another name, are not those that the ledger keeps, or it keeps"
+        )
+        raise SteelyardError(f"{what}: {text} none: give the bundle's folder, or its weights root (--weights)")
     return Target(manifests[0], root, str(named[-1].get("name")))
 
 
@@ -77,11 +80,15 @@ def _of_bundle(folder: Path, ledger: Ledger, progress: Progress) -> Target:
     return Target(manifest, weights, known[-1] if known else folder.resolve().name)
 
 
-def _published_weights(manifest: str, ledger: Ledger, progress: Progress) -> set[str]:
-    for event in ledger.events("release.published", manifest=manifest):
-        folder = Path(str(event.payload.get("destination")))
-        if folder.is_absolute() and folder.is_dir():
-            found = _of_bundle(folder, ledger, progress)
-            if found.manifest == manifest:
-                return {found.weights}
-    return set()
+def _tested_weights(payload: Mapping[str, Any], ledger: Ledger) -> str | None:
+    """The weights root of the subject released, from the journal of its test, which the ledger keeps."""
+    for event in ledger.events("safety.finished", run=payload.get("run"), subject=payload.get("subject")):
+        if "file" not in event.payload:
+            continue
+        try:
+            plan = read_journal(ledger.get_file(str(event.payload["file"]))).plan
+        except SteelyardError:
+            continue  # lost or damaged: then whoever withdraws must say what they were
+        if plan.subject.digest == payload.get("subject"):
+            return plan.subject.weights
+    return None
