@@ -26,6 +26,7 @@ from steelyard.cli import (
     safety,
     scorer,
     train,
+    withdraw,
 )
 from steelyard.cli.output import one_line
 
@@ -46,6 +47,8 @@ app.command("attest")(release.attest)
 app.command("approve")(release.approve)
 app.command("seal")(release.seal)
 app.command("verify")(release.verify)
+app.command("withdraw")(withdraw.withdraw)
+app.command("releases")(withdraw.releases)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(safety.app, name="safety")

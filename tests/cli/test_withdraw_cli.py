@@ -1,0 +1,126 @@
+"""`steelyard withdraw` and `steelyard releases` as people type them, on a released bundle, up to a stranger's verify."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Done, refused, steelyard, verify
+from scenario import PASSPHRASE, Chain
+
+from steelyard.ledger.ledger import Ledger
+from steelyard.release.keys import new_key
+
+
+@pytest.fixture
+def chain(released: Chain, tmp_path: Path) -> Chain:
+    """A released model, keys of three people, and a trust file of two of them."""
+    chain = released.copy(tmp_path / "chain")
+    for name in ("dora", "bob", "mallory"):
+        new_key(chain.keys, name, PASSPHRASE)
+    trust = {
+        "format": 1,
+        "policy": chain.policy_file.name,
+        "evaluators": ["keys/me.pub.pem"],
+        "releasers": ["keys/me.pub.pem"],
+        "withdrawal": {"signers": ["keys/dora.pub.pem", "keys/bob.pub.pem"], "quorum": 2},
+    }
+    (chain.root / "trust.yaml").write_text(json.dumps(trust))
+    return chain
+
+
+def bundle(chain: Chain) -> Path:
+    return chain.root / "releases" / "tiny"
+
+
+def listed(chain: Chain) -> Path:
+    return chain.root / "withdrawn.json"
+
+
+def withdraw(chain: Chain, *what: Any, code: int = 0, trust: bool = True) -> Done:
+    more = ["--trust", chain.root / "trust.yaml"] if trust else []
+    return steelyard("withdraw", *what, "--list", listed(chain), *more, "--workspace", chain.root, code=code)
+
+
+def check(chain: Chain, *more: Any, code: int, folder: Path | None = None) -> Done:
+    place = ["--trust", chain.root / "trust.yaml", "--workspace", chain.root / "stranger"]
+    return steelyard("verify", folder or bundle(chain), *place, *more, code=code)
+
+
+def test_from_a_proposal_to_everyone_who_verifies(chain: Chain, tmp_path: Path) -> None:
+    site = Path(shutil.copytree(bundle(chain), tmp_path / "site" / "tiny"))
+    copy = Path(shutil.copytree(bundle(chain), tmp_path / "a copy under another name"))
+    with Ledger(chain.root / "ledger.sqlite") as ledger:
+        manifest = ledger.events("release.bundled")[-1].payload["bundle"]
+        ledger.append("release.published", {"destination": str(site), "manifest": manifest})
+    first = ["--refresh", "--name", "example", "--key", "dora", "--key", "bob"]
+    assert "number 1, is in place" in withdraw(chain, *first).out
+    check(chain, "--list", listed(chain), code=0)
+
+    begin = [bundle(chain), "--reason", "the toxicity test was missed", "--key", "dora"]
+    assert "1 more signature" in withdraw(chain, *begin).out
+    check(chain, "--list", listed(chain), code=0)
+    done = withdraw(chain, "--sign", f"{listed(chain)}.proposal", "--key", "bob")
+    assert "the toxicity test was missed" in done.out  # shown before it is signed
+    assert f"taken down: {site}" in done.out
+
+    refused(check(chain, "--list", listed(chain), code=1, folder=copy), "withdrawn", "the toxicity test was missed")
+    check(chain, code=0, folder=copy)  # who asks no list is not told
+    assert {path.name for path in site.iterdir()} == {"README.md", "index.html", "WITHDRAWN.json"}
+    assert list((chain.root / "withdrawn").glob("tiny-*/model.safetensors"))
+    assert {path.suffix for path in (chain.root / "notices").iterdir()} == {".html", ".md"}
+
+    found = steelyard("releases", "--workspace", chain.root, "--json").json
+    assert [(one["name"], one["state"]) for one in found] == [("tiny", "withdrawn")]
+    assert found[0]["taken_down"] == [str(site)]
+    table = steelyard("releases", "--workspace", chain.root).out
+    assert "withdrawn" in table
+    assert "the toxicity test was missed" in table
+    again = withdraw(chain, *begin)
+    assert "is in place already" in again.out
+
+    before = Path(shutil.copy(listed(chain), tmp_path / "second.json"))
+    assert withdraw(chain, "--refresh", "--key", "dora", "--key", "bob", "--json").json["list"]["sequence"] == 3
+    refused(check(chain, "--list", listed(chain), code=1), "withdrawn")
+    refused(check(chain, "--list", before, code=1), "list-rollback")
+
+
+def test_one_person_withdraws_by_name_with_one_key(chain: Chain) -> None:
+    begin = ["tiny", "--reason", "a fault", "--key", "me", "--name", "mine", "--expires", "12h"]
+    done = withdraw(chain, *begin, trust=False, code=1)
+    if "--weights" in done.err:  # the ledger does not tell the weights
+        begin[0] = str(bundle(chain))
+    else:
+        assert done.code == 0
+    done = withdraw(chain, *begin, trust=False)
+    assert "signed by the keys given" in done.out
+    refused(verify(chain, bundle(chain), "--list", listed(chain), "--state", chain.root / "s.json"), "withdrawn: ")
+
+
+def test_what_is_refused(chain: Chain) -> None:
+    reason = ["--reason", "a fault"]
+    for what, code in (
+        ([bundle(chain), "--key", "dora"], 2),
+        ([bundle(chain), "--reason", " ", "--key", "dora"], 2),
+        ([bundle(chain), *reason], 2),
+        ([*reason, "--key", "dora"], 2),
+        ([bundle(chain), "--refresh", *reason, "--key", "dora"], 2),
+        ([bundle(chain), *reason, "--key", "dora", "--expires", "1y"], 2),
+        ([bundle(chain), *reason, "--key", "dora", "--expires", "400d", "--name", "x"], 2),
+        ([bundle(chain), *reason, "--key", "dora", "--hub", "gone"], 2),
+        ([bundle(chain), *reason, "--key", "dora"], 2),  # the first list needs a name
+        ([bundle(chain), *reason, "--key", "mallory", "--name", "x"], 1),
+        ([bundle(chain), *reason, "--key", "nobody", "--name", "x"], 1),
+        (["unheard-of", *reason, "--key", "dora", "--name", "x"], 1),
+        ([chain.model, *reason, "--key", "dora", "--name", "x"], 1),
+        (["--sign", chain.root / "absent", "--key", "dora"], 2),
+        ([bundle(chain), *reason, "--key", "dora", "--name", "x", "--replaced-by", bundle(chain)], 2),
+    ):
+        withdraw(chain, *what, code=code)
+    assert not listed(chain).exists()
+    assert not listed(chain).with_name("withdrawn.json.proposal").exists()
+    steelyard("releases", "--workspace", chain.root, "--list", listed(chain), code=2)
+    steelyard("releases", "--workspace", chain.root / "elsewhere", code=2)

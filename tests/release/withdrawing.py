@@ -1,0 +1,161 @@
+"""Signers, trust and lists for the tests of withdrawal; no model is needed for them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from securesystemslib.signer import CryptoSigner
+
+from steelyard.base.canonical import canonical_json, digest
+from steelyard.release.trust import Trust, Withdrawal
+from steelyard.release.withdrawal import Entry, SignedList, WithdrawalList, check_withdrawn, list_bytes, read_list
+
+NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+
+
+def hexed(text: str) -> str:
+    return digest(text)
+
+
+def stamp(time: datetime) -> str:
+    return time.isoformat(timespec="seconds")
+
+
+def entry(name: str = "wizard", **changes: Any) -> Entry:
+    fields = {
+        "manifest": hexed(f"{name} manifest"),
+        "weights": hexed(f"{name} weights"),
+        "name": name,
+        "time": stamp(NOW - timedelta(days=2)),
+        "reason": "the toxicity test was missed",
+    }
+    return Entry(**(fields | changes))
+
+
+def content(entries: Sequence[Entry] = (), **changes: Any) -> WithdrawalList:
+    fields = {
+        "format": 1,
+        "name": "example",
+        "sequence": 1,
+        "issued": stamp(NOW - timedelta(days=1)),
+        "expires": stamp(NOW + timedelta(days=29)),
+        "previous": None,
+        "entries": tuple(entries),
+    }
+    return WithdrawalList(**(fields | changes))
+
+
+def after(before: WithdrawalList, entries: Sequence[Entry] | None = None, **changes: Any) -> WithdrawalList:
+    """The list that follows `before`."""
+    follows = {"sequence": before.sequence + 1, "previous": digest(before.model_dump(mode="json"))}
+    return content(before.entries if entries is None else entries, **(follows | changes))
+
+
+@dataclass
+class Verifier:
+    """Who follows the list: his signers, his state file, his clock."""
+
+    folder: Path
+    signers: Sequence[CryptoSigner] = field(default_factory=lambda: [CryptoSigner.generate_ecdsa() for _ in range(3)])
+    quorum: int = 2
+    trusted: int = 3  # of the signers, the first so many
+    now: datetime = NOW
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state.json"
+
+    @property
+    def trust(self) -> Trust:
+        keys = tuple(signer.public_key for signer in self.signers[: self.trusted])
+        return Trust((), (), (), withdrawal=Withdrawal(keys, self.quorum), **self.changes)
+
+    def signed(self, what: WithdrawalList, *who: int) -> bytes:
+        return list_bytes(what, [self.signers[number] for number in who or (0, 1)])
+
+    def put(self, data: bytes | WithdrawalList, name: str = "withdrawn.json") -> Path:
+        path = self.folder / name
+        path.write_bytes(data if isinstance(data, bytes) else self.signed(data))
+        return path
+
+    def read(self, what: WithdrawalList, *who: int) -> SignedList:
+        return read_list(self.signed(what, *who), "list")
+
+    def codes(self, source: bytes | WithdrawalList | str | Path, name: str = "good", **more: Any) -> list[str]:
+        return [finding.code for finding in self.check(source, name, **more)]
+
+    def check(self, source: bytes | WithdrawalList | str | Path, name: str = "good", **more: Any) -> list[Any]:
+        if isinstance(source, bytes | WithdrawalList):
+            source = self.put(source)
+        arguments = {
+            "manifest": hexed(f"{name} manifest"),
+            "weights": hexed(f"{name} weights"),
+            "state": self.state,
+            "now": self.now,
+        }
+        return check_withdrawn(source, self.trust, **(arguments | more))
+
+
+def edited(data: bytes, change: Callable[[dict[str, Any]], None], *, inside: bool = True) -> bytes:
+    """An envelope whose payload (or, not `inside`, whose own keys) was changed by hand, the signatures left alone."""
+    envelope = json.loads(data)
+    if not inside:
+        change(envelope)
+        return canonical_json(envelope)
+    payload = json.loads(base64.b64decode(envelope["payload"]))
+    change(payload)
+    envelope["payload"] = base64.b64encode(canonical_json(payload)).decode()
+    return canonical_json(envelope)
+
+
+@contextmanager
+def host(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """A static host on this machine; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def serve(data: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        request.wfile.write(data)
+
+    return answer
+
+
+def redirect(to: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(302)
+        request.send_header("Location", to)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    return answer
