@@ -22,11 +22,13 @@ from authority import signer, write_chain
 from cryptography.hazmat.primitives.serialization import Encoding
 from safetensors.numpy import save
 from scenario import Chain, battery_dict, make_model, policy_dict
+from targets.withdrawal_list import SIGNER
 from tsa import Authority
 
 from steelyard.release.attest import read_envelope
 from steelyard.release.layout import MANIFEST, MODEL_SIGNATURE, SIGNING
 from steelyard.release.oms import sign_model
+from steelyard.release.withdrawal import Entry, WithdrawalList, list_bytes
 from steelyard.safety.battery import Battery
 from steelyard.safety.pause import Commitment
 from steelyard.safety.report import JOURNAL, PREDECESSOR
@@ -174,6 +176,12 @@ def stamps(scratch: Path) -> Iterator[tuple[str, str, bytes]]:
         nonce=ZERO,
     )
     yield "commitment", "commitment.json", commitment.as_bytes
+    entry = Entry(manifest="a" * 64, weights="b" * 64, name="tiny", time="2026-01-01T00:00:00+00:00", reason="leaks")
+    times = {"issued": "2026-01-02T00:00:00+00:00", "expires": "2026-03-01T00:00:00+00:00"}
+    first = WithdrawalList(format=1, name="example", sequence=1, previous=None, entries=(), **times)
+    second = first.model_copy(update={"sequence": 2, "previous": ZERO, "entries": (entry,)})
+    for name, content in (("empty", first), ("one", second)):
+        yield "withdrawal_list", f"{name}.json", list_bytes(content, [SIGNER])
     yield "timestamp", "granted.tsr", b"T" + Authority.new().stamp(b"a commitment", nonce=7)
 
 
