@@ -18,7 +18,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.release.attest import SignatureError
-from steelyard.release.certificates import Authority, check_chain, load_authorities, read_chain, split_chain
+from steelyard.release.certificates import (
+    Authority,
+    check_chain,
+    load_authorities,
+    read_certificate,
+    read_chain,
+    split_chain,
+)
 from steelyard.release.oms import certified_key, check_model_signature, sign_model
 
 THEN = datetime(2026, 6, 1, tzinfo=UTC)
@@ -247,3 +254,10 @@ def test_the_certified_key_checks_other_statements_too(signed: Path, tmp_path: P
     sign_model(signed, tmp_path / "plain.sig", SIGNER, [SIG])
     assert certified_key(tmp_path / "plain.sig", [_trust()], THEN) is None
     assert read_chain(write_chain(tmp_path / "chain.pem", [OWN])) == tuple(_der(OWN))
+
+
+def test_a_certificate_of_no_known_version_is_refused() -> None:
+    der = root().certificate.public_bytes(Encoding.DER)
+    assert der.count(b"\xa0\x03\x02\x01\x02") == 1  # version 3
+    with pytest.raises(FormatError, match="not an X"):
+        read_certificate(der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x03"), "model.sig")

@@ -38,6 +38,10 @@ _PEM_LIMIT = 100_000  # bytes
 _PURPOSE = "a certificate for digital signatures (KeyUsage), for code signing where it lists extended usages"
 
 
+# What cryptography raises for certificates, besides ValueError.
+_UNREADABLE = (x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
+
+
 @dataclass(frozen=True)
 class Authority:
     """Whom the verifier trusts: who holds a certificate for `identity` that leads to the root `certificate`."""
@@ -117,7 +121,7 @@ def read_certificate(der: bytes, where: str) -> x509.Certificate:
         certificate = x509.load_der_x509_certificate(der)
         certificate.public_key()
         certificate.extensions  # noqa: B018 (parsed only here)
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, *_UNREADABLE) as error:
         raise FormatError(f"{where}: not an X.509 certificate: {' '.join(str(error).split())[:200]}") from error
     return certificate
 
