@@ -81,9 +81,10 @@ def list_files(folder: Path) -> tuple[dict[str, int], list[Finding]]:
 
 
 def check_files(
-    folder: Path, present: Mapping[str, int], *, sealed: bool, progress: Progress
+    folder: Path, present: Mapping[str, int], *, sealed: bool, progress: Progress, known: Mapping[str, str]
 ) -> tuple[Files, list[Finding]]:
-    """The folder, whose plain files are `present`, against its manifest. `sealed`: a bundle, not only a candidate."""
+    """The folder, whose plain files are `present`, against its manifest. `sealed`: a bundle, not only a candidate.
+    `known`: SHA-256 of files that were read already."""
     findings = list(_check_signing(present, sealed=sealed))
     try:
         data = read_bounded(folder / MANIFEST, MANIFEST_LIMIT)
@@ -94,7 +95,7 @@ def check_files(
     except FormatError as error:
         code = "downgrade" if isinstance(error, DowngradeError) else "manifest"
         return Files(present), [Finding(code, relative(error, folder)), *findings]
-    hashes, found = _hash(folder, manifest, present, progress)
+    hashes, found = _hash(folder, manifest, present, known, progress)
     findings += found
     findings += _check_list(folder, manifest, present)
     digest = sha256_hex(data)
@@ -113,18 +114,18 @@ def _check_signing(present: Mapping[str, int], *, sealed: bool) -> Iterator[Find
 
 
 def _hash(
-    folder: Path, manifest: Manifest, present: Mapping[str, int], progress: Progress
+    folder: Path, manifest: Manifest, present: Mapping[str, int], known: Mapping[str, str], progress: Progress
 ) -> tuple[dict[str, str], list[Finding]]:
     findings, hashes = [], dict[str, str]()
     whole = [entry for entry in manifest.files if present.get(entry.path) == entry.size]
-    total = sum(entry.size for entry in whole) / 1e6
+    total = sum(entry.size for entry in whole if entry.path not in known) / 1e6
     shown = progress if total >= 1 else Silent()
     # hashlib lets go of the interpreter lock while it works, so shards are read side by side.
     with shown.task("hash the files", total, "MB") as task, ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(sha256_file, [folder / entry.path for entry in whole])
+        found = pool.map(lambda name: known.get(name) or sha256_file(folder / name), [entry.path for entry in whole])
         for entry, value in zip(whole, found, strict=True):
             hashes[entry.path] = value
-            task.advance(entry.size / 1e6)
+            task.advance(0 if entry.path in known else entry.size / 1e6)
             if value != entry.sha256:
                 text = f"{entry.path}: was changed: its SHA-256 is not the manifest's"
                 findings.append(Finding("changed", text))

@@ -14,7 +14,6 @@ order. The stages of a release are checked by the same code: a candidate as atte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.headers import quote
-from steelyard.model.identity import Subject, subject_of
+from steelyard.model.identity import Subject, subject_and_files
 from steelyard.release.checks_evidence import NAME, check_evidence, same_policy
 from steelyard.release.checks_files import Files, check_files, list_files, relative
 from steelyard.release.checks_model import check_shipped
@@ -183,23 +182,20 @@ def examine(
     present, findings = list_files(folder)
     work.findings += findings
     safe = not any(finding.code == "unsafe" for finding in findings)
-    subject: Future[Subject] | None = None
-    # The weights are read twice, file by file and tensor by tensor: side by side, so that it takes the time of one.
-    with ThreadPoolExecutor(1) as pool:
-        if safe:
-            subject = pool.submit(subject_of, folder)
-        files, found = check_files(folder, present, sealed=work.sealed, progress=progress)
+    known: Subject | None = None
+    digests: dict[str, str] = {}
+    if safe:  # else: a link, pipe or pickle, and nothing more of this folder is opened
+        try:
+            known, digests = subject_and_files(folder, progress)  # one reading for both
+        except SteelyardError as error:
+            work.findings.append(Finding("model", relative(error, folder)))
+    files, found = check_files(folder, present, sealed=work.sealed, progress=progress, known=digests)
     work.findings += found
     statements, found = read_statements(folder, present, trust)
     work.findings += found
     work.seen += see_statements(statements)
-    known: Subject | None = None
-    if subject is not None:  # else: a link, pipe or pickle, and nothing more of this folder is opened
+    if safe:
         evidence = _read_evidence(work)
-        try:
-            known = subject.result()
-        except SteelyardError as error:
-            work.findings.append(Finding("model", relative(error, folder)))
         if known is not None and evidence is not None:
             _examine_contents(work, files, statements, known, evidence, progress)
             if replay and not work.findings:
