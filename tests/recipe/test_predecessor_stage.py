@@ -15,7 +15,7 @@ from scenario import VILE, make_battery, make_model, make_policy
 from steelyard.ledger.ledger import Ledger
 from steelyard.recipe.runner import run_recipe
 from steelyard.recipe.stages import Refused
-from steelyard.release.bundle import PREDECESSOR
+from steelyard.release.layout import PREDECESSOR
 from steelyard.safety.report import load_report
 
 RECIPE = """\

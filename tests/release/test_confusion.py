@@ -23,7 +23,7 @@ import pytest
 from forging import Forger, set_subject, signer_of, statement_of
 from scenario import DISTINCT, PASSPHRASE, Chain, edit_json, edit_lines, make_battery, make_policy
 
-from steelyard.base.canonical import canonical_json, sha256_hex
+from steelyard.base.canonical import canonical_json, digest, sha256_hex
 from steelyard.release.attest import sign, statement_bytes
 from steelyard.release.commitment import countersign
 from steelyard.release.keys import REVOCATION, ROTATION, load_public_key, new_key
@@ -47,6 +47,7 @@ from steelyard.release.layout import (
     UNSIGNED,
 )
 from steelyard.release.verify import Verification
+from steelyard.release.withdrawal import Entry, WithdrawalList, list_bytes
 
 BOB, CAROL = APPROVALS[:2]
 OWN = make_policy(keys=DISTINCT)
@@ -79,6 +80,27 @@ class Case:
         path = self.keys / "verifier.json"
         path.write_text(json.dumps(make_policy(**({"keys": DISTINCT} | changes)).model_dump(mode="json")))
         return path
+
+    def entry(self) -> Entry:
+        """This release, withdrawn."""
+        subjects = {one["name"]: one["digest"]["sha256"] for one in statement_of(self.bundle / SUMMARY)["subject"]}
+        time = self.now.isoformat(timespec="seconds")
+        return Entry(
+            manifest=subjects[MANIFEST], weights=subjects["weights"], name="tiny", time=time, reason="it insults"
+        )
+
+    def lists(self, *entries: Entry) -> WithdrawalList:
+        """The first list, of now, for a month."""
+        end = self.now + timedelta(days=30)
+        return WithdrawalList(
+            format=1,
+            name="ours",
+            sequence=1,
+            issued=self.now.isoformat(timespec="seconds"),
+            expires=end.isoformat(timespec="seconds"),
+            previous=None,
+            entries=entries,
+        )
 
     def key_event(self, name: str, kind: str, **fields: str) -> Path:
         """A revocation or rotation, signed by the key itself."""
@@ -761,6 +783,62 @@ def a_summary_of_an_older_predicate(c: Case) -> None:
     c.forger.remake(c.bundle, change={SUMMARY: lambda s: s.update(older)})
 
 
+# -- the list of withdrawn releases ----------------------------------------------------------------------------------
+
+
+def listed(c: Case, *entries: Entry, signers: tuple[str, ...] = ("dora", "bob")) -> Any:
+    """A list of now, by the quorum of the trust file, and where the verifier remembers what he saw."""
+    content = c.lists(*entries)
+    path = c.keys / "withdrawn.json"
+    path.write_bytes(list_bytes(content, [c.forger.signer(name) for name in signers]))
+    return {"withdrawn": path, "state": c.keys / "state.json"}
+
+
+@case("'tiny' was withdrawn at")
+def a_withdrawn_release(c: Case) -> Any:
+    return listed(c, c.entry())
+
+
+@case("the same weights, released as 'tiny', was withdrawn at")
+def withdrawn_weights_under_another_manifest(c: Case) -> Any:
+    return listed(c, c.entry()) | {"bundle": c.other}
+
+
+@case("expired at")
+def a_frozen_list(c: Case) -> Any:
+    return listed(c) | {"now": c.now + timedelta(days=40)}
+
+
+@case("it was rolled back")
+def a_list_rolled_back(c: Case) -> Any:
+    older, newer = c.lists(), c.lists(c.entry())
+    newer = newer.model_copy(update={"sequence": 2, "previous": digest(older.model_dump(mode="json"))})
+    seen = listed(c)
+    Path(seen["withdrawn"]).write_bytes(list_bytes(newer, [c.forger.signer(name) for name in ("dora", "bob")]))
+    assert any(finding.code == "withdrawn" for finding in verified(c, seen).findings)
+    return listed(c)
+
+
+@case("later than now")
+def a_list_of_the_future(c: Case) -> Any:
+    return listed(c) | {"now": c.now - timedelta(days=1)}
+
+
+@case("signed by 1 of your withdrawal signers, 2 are needed", "a-list-by-one-of-two-signers")
+def _one_signer(c: Case) -> Any:
+    return listed(c, signers=("dora",))
+
+
+@case("signed by 0 of your withdrawal signers, 2 are needed", "a-list-by-strangers")
+def _strangers(c: Case) -> Any:
+    return listed(c, signers=("mallory", "frank"))
+
+
+@case("list: ", "a-list-that-cannot-be-had")
+def _absent(c: Case) -> Any:
+    return {"withdrawn": c.keys / "absent.json", "state": c.keys / "state.json"}
+
+
 # -- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -784,6 +862,10 @@ def test_the_bundle_itself_verifies(made: Case) -> None:
     assert result.ok, result.findings
     assert (result.name, result.released is not None) == ("tiny", True)
     assert dict(result.seen)["approved by key"]
+
+
+def test_a_list_that_does_not_name_it_is_no_reason(made: Case) -> None:
+    assert verified(made, listed(made)).ok
 
 
 def test_signing_everything_again_is_no_reason(made: Case) -> None:

@@ -19,6 +19,7 @@ from steelyard.model.identity import subject_of
 from steelyard.release.bundle import write_bundle
 from steelyard.release.keys import load_signer, new_key
 from steelyard.release.verify import verify_bundle
+from steelyard.release.writing import about_model
 from steelyard.safety.battery import Battery, load_battery
 from steelyard.safety.policy import Policy, load_policy
 from steelyard.safety.run import Job, Tested, run_battery
@@ -75,6 +76,7 @@ def release(smollm2: Path, place: Path) -> None:
             ledger=ledger,
             signer=load_signer(place / "keys", "tester", PASSPHRASE),
             key=card,
+            about=about_model("apache-2.0", base_model="HuggingFaceTB/SmolLM2-135M-Instruct"),
             out=place / "bundle",
         )
 

@@ -241,10 +241,9 @@ def verify(
         str | None, typer.Option("--list", help="The signed list of withdrawn releases: a file or an https URL.")
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(help="Where the last list seen is remembered; default: lists.json in the workspace.")
+        Path | None, typer.Option(help="Where the last list seen is remembered; default: in your data folder.")
     ] = None,
     replay: Annotated[int, typer.Option(min=0, help="Regenerate this many random journal entries (needs torch).")] = 0,
-    workspace: Workspace = WORKSPACE,
     as_json: AsJSON = False,
 ) -> None:
     """Check a bundle offline, without torch; every mismatch is named. Without --key or --trust: list what is there,
@@ -261,7 +260,7 @@ def verify(
         policy=policy,
         revocations=revocations or [],
         withdrawn=withdrawn,
-        state=None if withdrawn is None else state or workspace / "lists.json",
+        state=state,
         replay=replay,
         progress=default_progress(as_json=as_json),
     )

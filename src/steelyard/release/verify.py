@@ -110,8 +110,9 @@ def verify_bundle(
 
     `policy`: name, or .yaml/.json file, in the place of the trust file's; without either, the packaged one of the name
     that the bundle gives. `revocations` are signed statements, of keys revoked or rotated; `withdrawn` a signed list of
-    withdrawn releases (URL or file), `state` where the last one seen is remembered. Raises SteelyardError only for what
-    the caller gave: a key, policy, trust file, revocation or list that cannot be read, a `path` that is no folder.
+    withdrawn releases (URL or file), `state` where the last one seen is remembered (None: in the user's data folder).
+    Raises SteelyardError only for what the caller gave: a key, policy, trust file, revocation or address of a list that
+    cannot be read, a `path` that is no folder.
     """
     folder = Path(path)
     if not folder.is_dir() or folder.is_symlink():
