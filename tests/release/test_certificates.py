@@ -185,7 +185,9 @@ def test_a_chain_to_sign_with_begins_with_the_signers_own(tmp_path: Path) -> Non
     chain = write_chain(tmp_path / "chain.pem", [BETWEEN.certificate, OWN])
     with pytest.raises(SteelyardError, match="its first certificate is of another key"):
         split_chain(chain, SIGNER.public_key, tmp_path)
-    nobody = write_chain(tmp_path / "nobody.pem", [BETWEEN.certify(PUBLIC, names=())])
+    with pytest.raises(SteelyardError, match="certificate alone: append the authority's"):
+        split_chain(write_chain(tmp_path / "alone.pem", [OWN]), SIGNER.public_key, tmp_path)
+    nobody = write_chain(tmp_path / "nobody.pem", [BETWEEN.certify(PUBLIC, names=()), BETWEEN.certificate])
     with pytest.raises(SteelyardError, match="names no mail address or URI"):
         split_chain(nobody, SIGNER.public_key, tmp_path)
 

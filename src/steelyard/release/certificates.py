@@ -143,6 +143,8 @@ def split_chain(path: Path, key: Key, scratch: Path) -> tuple[Path, list[Path]]:
     """
     certificates = _certificates(path)
     own = certificates[0]
+    if len(certificates) == 1:
+        raise SteelyardError(f"{path}: holds the signer's certificate alone: append the authority's that issued it")
     public = own.public_key()
     if not isinstance(public, ec.EllipticCurvePublicKey) or SSlibKey.from_crypto(public).keyid != key.keyid:
         raise SteelyardError(f"{path}: its first certificate is of another key than {key.keyid}")
