@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,17 @@ def test_a_folder_gives_way_to_the_notice_and_its_weights_are_kept_aside(ledger:
     assert str(aside) in taken.what
     assert [event.payload["destination"] for event in ledger.events("release.taken_down")] == [str(place)]
     assert take(ledger, tmp_path) == []
+
+
+def test_what_is_put_back_is_taken_down_again(ledger: Ledger, tmp_path: Path) -> None:
+    place = put(tmp_path / "wizard")
+    published(ledger, place)
+    take(ledger, tmp_path)
+    shutil.rmtree(place)
+    put(place)
+    assert [one.done for one in take(ledger, tmp_path)] == [True]
+    assert (place / "index.html").is_file()
+    assert len(list((tmp_path / "aside").iterdir())) == 2
 
 
 def test_on_demand_the_weights_are_deleted(ledger: Ledger, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,7 +14,20 @@ from typing import Any
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from withdrawing import NOW, Verifier, after, content, edited, entry, hexed, host, redirect, serve, stamp
+from withdrawing import (
+    NOW,
+    Verifier,
+    after,
+    certified,
+    content,
+    edited,
+    entry,
+    hexed,
+    host,
+    redirect,
+    serve,
+    stamp,
+)
 
 from steelyard.base.canonical import canonical_json
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
@@ -489,3 +504,24 @@ def test_a_cut_answer_is_refused(verifier: Verifier) -> None:
 
     with host(cut) as url:
         assert verifier.codes(url) == ["list"]
+
+
+def test_https_is_verified(verifier: Verifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tls, certificate = certified(tmp_path)
+    with host(serve(verifier.signed(FIRST)), tls) as url:
+        found = verifier.check(url)
+        assert [finding.code for finding in found] == ["list"]
+        assert "CERTIFICATE_VERIFY_FAILED" in found[0].message
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert verifier.check(url) == []
+        assert verifier.codes(url.replace("127.0.0.1", "localhost")) == ["list"]  # the certificate names another
+
+
+def test_it_needs_no_extra() -> None:
+    extras = ("torch", "transformers", "huggingface_hub", "httpx", "httpx2", "requests")
+    code = (
+        f"import sys\nfor name in {extras!r}: sys.modules[name] = None\n"
+        "import steelyard.release.withdrawal, steelyard.release.withdrawal_seen, steelyard.release.withdraw\n"
+        "import steelyard.release.notice, steelyard.release.releases, steelyard.release.takedown\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -48,7 +48,8 @@ def take_down(
     found = []
     manifest = notice.entry.manifest
     for destination in _destinations(ledger, manifest):
-        if ledger.events("release.taken_down", destination=destination, manifest=manifest):
+        again = not destination.startswith("hf://") and _holds(Path(destination), manifest)  # somebody put it back
+        if ledger.events("release.taken_down", destination=destination, manifest=manifest) and not again:
             continue
         newer = _newer(ledger, destination, manifest)
         if newer is not None and destination.startswith("hf://"):
