@@ -20,6 +20,7 @@ from steelyard.base.canonical import sha256_file, sha256_hex
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Silent
 from steelyard.model.identity import subject_of
+from steelyard.release.layout import MANIFEST
 from steelyard.release.publish import (
     Published,
     Release,
@@ -188,6 +189,18 @@ def test_nothing_is_published_under_another_policy(there: There, tmp_path: Path)
     chain, bundle = there
     with pytest.raises(SteelyardError, match="nothing is published"):
         publish_to(chain, bundle, tmp_path / "out", check=lambda folder: chain.verify(folder, policy="preview"))
+
+
+@pytest.mark.parametrize("known", ["manifest", "weights"])
+def test_what_was_withdrawn_is_not_published_again(there: There, tmp_path: Path, known: str) -> None:
+    chain, bundle = there
+    entry = {"manifest": "0" * 64, "weights": "0" * 64, "reason": "it helps\nwith harm"}
+    digests = {"manifest": sha256_file(bundle / MANIFEST), "weights": subject_of(bundle, Silent()).weights}
+    with chain.ledger() as ledger:
+        ledger.append("release.withdrawn", entry | {known: digests[known]})
+    with pytest.raises(SteelyardError, match=r"withdrawn \(it helps with harm\)"):
+        publish_to(chain, bundle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bundle_that_is_none(tmp_path: Path, there: There) -> None:

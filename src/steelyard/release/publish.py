@@ -133,8 +133,8 @@ def publish(
     """Verify `bundle` and publish it to `to`: see the module, `publish_folder` and `publish_hub`.
 
     A repository is public once the release is whole, unless it is `private` or for a `recipient`. Raises UsageError for
-    a place that is written wrongly; SteelyardError where the bundle does not verify or changes meanwhile, where another
-    release lies there already, and where the place cannot be written.
+    a place that is written wrongly; SteelyardError where the bundle does not verify, was withdrawn or changes meanwhile,
+    where another release lies there already, and where the place cannot be written.
     """
     progress = progress or Silent()
     where = parse_destination(to, recipient)
@@ -143,6 +143,7 @@ def publish(
     if where.folder is not None and where.folder.resolve().is_relative_to(bundle.resolve()):
         raise UsageError(f"--to {to}: lies in the bundle: choose a place outside of it")
     release = verified_release(bundle, check)
+    _refuse_withdrawn(release, ledger)
     known: dict[str, Any] = {"destination": where.text, "manifest": release.manifest}
     named = {"name": release.name, "weights": release.weights}
     if not ledger.events("release.publishing", **known):
@@ -165,6 +166,13 @@ def publish(
         done = {"started": began, "finished": _now(), "recipient": recipient}
         ledger.append("release.published", {**known, **named, **done, **settings})
     return published
+
+
+def _refuse_withdrawn(release: Release, ledger: Ledger) -> None:
+    for event in ledger.events("release.withdrawn"):
+        if event.payload.get("manifest") == release.manifest or event.payload.get("weights") == release.weights:
+            reason = " ".join(str(event.payload.get("reason", "")).split())[:200]
+            raise SteelyardError(f"{release.name}: was withdrawn ({reason}): what is withdrawn is not published again")
 
 
 def verified_release(bundle: Path, check: Check) -> Release:
