@@ -133,8 +133,8 @@ def publish(
     """Verify `bundle` and publish it to `to`: see the module, `publish_folder` and `publish_hub`.
 
     A repository is public once the release is whole, unless it is `private` or for a `recipient`. Raises UsageError for
-    a place that is written wrongly; SteelyardError where the bundle does not verify, was withdrawn or changes meanwhile,
-    where another release lies there already, and where the place cannot be written.
+    a place that is written wrongly; SteelyardError where the bundle does not verify, was withdrawn, or changes
+    meanwhile, where another release lies there already, and where the place cannot be written.
     """
     progress = progress or Silent()
     where = parse_destination(to, recipient)
