@@ -46,7 +46,7 @@ def withdraw(chain: Chain, *what: Any, code: int = 0, trust: bool = True) -> Don
 
 
 def check(chain: Chain, *more: Any, code: int, folder: Path | None = None) -> Done:
-    place = ["--trust", chain.root / "trust.yaml", "--workspace", chain.root / "stranger"]
+    place = ["--trust", chain.root / "trust.yaml", "--state", chain.root / "stranger.json"]
     return steelyard("verify", folder or bundle(chain), *place, *more, code=code)
 
 
