@@ -69,8 +69,10 @@ def test_from_a_proposal_to_everyone_who_verifies(chain: Chain, tmp_path: Path) 
 
     refused(check(chain, "--list", listed(chain), code=1, folder=copy), "withdrawn", "the toxicity test was missed")
     check(chain, code=0, folder=copy)  # who asks no list is not told
-    assert {path.name for path in site.iterdir()} == {"README.md", "index.html", "WITHDRAWN.json"}
-    assert list((chain.root / "withdrawn").glob("tiny-*/model.safetensors"))
+    assert {path.name for path in site.iterdir()} == {"README.md", "index.html", "notice.json"}
+    (aside,) = site.parent.glob("tiny.withdrawn-*")
+    assert (aside / "model.safetensors").is_file()
+    assert aside.stat().st_mode & 0o077 == 0
     assert {path.suffix for path in (chain.root / "notices").iterdir()} == {".html", ".md"}
 
     found = steelyard("releases", "--workspace", chain.root, "--json").json
@@ -81,6 +83,17 @@ def test_from_a_proposal_to_everyone_who_verifies(chain: Chain, tmp_path: Path) 
     assert "the toxicity test was missed" in table
     again = withdraw(chain, *begin)
     assert "is in place already" in again.out
+    shutil.rmtree(site)
+    shutil.copytree(bundle(chain), site)  # somebody puts it back
+    (aside / "thesis.tex").write_text("of somebody else")
+    assert f"taken down: {site}" in withdraw(chain, *begin).out
+    kept = withdraw(chain, *begin, "--delete", code=1)
+    assert f"NOT taken down: {site}" in kept.out
+    assert "thesis.tex" in kept.out
+    (aside / "thesis.tex").rename(tmp_path / "thesis.tex")
+    assert f"taken down: {site}" in withdraw(chain, *begin, "--delete").out
+    assert [path.name for path in site.parent.iterdir()] == ["tiny"]
+    assert not list(site.parent.rglob("model.safetensors"))
 
     before = Path(shutil.copy(listed(chain), tmp_path / "second.json"))
     assert withdraw(chain, "--refresh", "--key", "dora", "--key", "bob", "--json").json["list"]["sequence"] == 3

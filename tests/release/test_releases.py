@@ -63,6 +63,14 @@ def test_each_state_is_told(ledger: Ledger, tmp_path: Path) -> None:
     assert found["alone"].attested is None
 
 
+def test_a_place_that_is_published_again_is_not_taken_down(ledger: Ledger) -> None:
+    note(ledger, "wizard", "bundled")
+    note(ledger, "wizard", "publishing", "published", "taken_down", destination="/srv/wizard")
+    assert shown(ledger)["wizard"].taken_down == ("/srv/wizard",)
+    note(ledger, "wizard", "published", destination="/srv/wizard")
+    assert shown(ledger)["wizard"].taken_down == ()
+
+
 def test_a_candidate_expires_with_its_test_and_a_release_does_not(ledger: Ledger) -> None:
     ledger.append("safety.finished", {"run": "run-new"})
     ledger.append("safety.finished", {"run": "run-sealed"})

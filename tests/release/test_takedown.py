@@ -1,307 +1,407 @@
-"""What we published is taken down: folders give way to the notice, repositories on the Hub are closed."""
+"""A published folder gives way to the notice, and nothing else is touched; what was interrupted is completed."""
 
 from __future__ import annotations
 
-import base64
-import json
-import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import os
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from test_withdraw import forked
-from withdrawing import entry
+from withdrawing import HOSTILE, note_published, notice_of, small_bundle
 
-from steelyard.base.canonical import sha256_hex
+from steelyard.base.errors import SteelyardError
 from steelyard.ledger.ledger import Ledger
-from steelyard.release.notice import Notice
-from steelyard.release.takedown import Taken, take_down
+from steelyard.release import takedown_folder
+from steelyard.release.layout import MANIFEST, SUMMARY
+from steelyard.release.notice import DATA, PAGE, README, notice_files
+from steelyard.release.takedown import Outcome, published_places, take_down
 
-MANIFEST = b'{"files":[],"format":2}\n'
-ENTRY = entry(manifest=sha256_hex(MANIFEST))
-NOTICE = Notice(ENTRY, "example", 1, ENTRY.time)
+NOTICE = {README, PAGE, DATA}
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    with Ledger(tmp_path / "ledger.sqlite") as made:
-        return made
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger(tmp_path / "workspace" / "ledger.sqlite") as opened:
+        yield opened
 
 
-def published(ledger: Ledger, place: Path | str, manifest: str = ENTRY.manifest, kind: str = "published") -> None:
-    ledger.append(f"release.{kind}", {"destination": str(place), "manifest": manifest})
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "public" / "tiny"
 
 
-def put(place: Path, manifest: bytes = MANIFEST) -> Path:
-    (place / "steelyard").mkdir(parents=True)
-    (place / "steelyard" / "manifest.json").write_bytes(manifest)
-    (place / "model.safetensors").write_bytes(b"weights")
-    return place
+@pytest.fixture
+def manifest(ledger: Ledger, place: Path) -> str:
+    """Of the release that is published at `place`."""
+    made = small_bundle(place)
+    note_published(ledger, made, place)
+    return made
 
 
-def take(ledger: Ledger, tmp_path: Path, **more: Any) -> list[Taken]:
-    return take_down(NOTICE, ledger, tmp_path / "aside", **more)
+def aside_of(place: Path, manifest: str, number: str = "") -> Path:
+    return place.with_name(f"{place.name}.withdrawn-{manifest[:8]}{number}")
 
 
-def files(place: Path) -> set[str]:
-    return {path.name for path in place.iterdir()}
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_gives_way_to_the_notice_and_its_weights_are_kept_aside(ledger: Ledger, tmp_path: Path) -> None:
-    place = put(tmp_path / "site" / "wizard")
-    published(ledger, place)
-    (taken,) = take(ledger, tmp_path)
-    assert taken.done
-    assert files(place) == {"README.md", "index.html", "WITHDRAWN.json"}
-    assert "the toxicity test was missed" in (place / "index.html").read_text()
-    aside = tmp_path / "aside" / f"wizard-{ENTRY.manifest[:16]}"
-    assert (aside / "model.safetensors").read_bytes() == b"weights"
-    assert aside.stat().st_mode & 0o077 == 0
-    assert str(aside) in taken.what
-    assert [event.payload["destination"] for event in ledger.events("release.taken_down")] == [str(place)]
-    assert take(ledger, tmp_path) == []
+def only(outcomes: tuple[Outcome, ...]) -> Outcome:
+    assert len(outcomes) == 1
+    return outcomes[0]
 
 
-def test_what_is_put_back_is_taken_down_again(ledger: Ledger, tmp_path: Path) -> None:
-    place = put(tmp_path / "wizard")
-    published(ledger, place)
-    take(ledger, tmp_path)
-    shutil.rmtree(place)
-    put(place)
-    assert [one.done for one in take(ledger, tmp_path)] == [True]
-    assert (place / "index.html").is_file()
-    assert len(list((tmp_path / "aside").iterdir())) == 2
+# -- done ------------------------------------------------------------------------------------------------------------
 
 
-def test_on_demand_the_weights_are_deleted(ledger: Ledger, tmp_path: Path) -> None:
-    place = put(tmp_path / "wizard")
-    published(ledger, place)
-    (taken,) = take(ledger, tmp_path, delete=True)
-    assert taken.done
-    assert not list(tmp_path.rglob("model.safetensors"))
-    assert (place / "index.html").is_file()
+def test_the_notice_takes_its_place_and_the_files_are_kept_aside(ledger: Ledger, place: Path, manifest: str) -> None:
+    before, notice = tree(place), notice_of(manifest)
+    done = only(take_down(notice, ledger=ledger))
+    aside = aside_of(place, manifest)
+    assert (done.state, done.destination) == ("taken down", str(place))
+    assert str(aside) in done.detail
+    assert tree(place) == notice_files(notice)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {0o644}
+    assert tree(aside) == before
+    assert stat.S_IMODE(aside.stat().st_mode) == 0o700
+    (event,) = ledger.events("release.taken_down")
+    assert event.payload["manifest"] == manifest
+    assert event.payload["destination"] == str(place)
+    # Again: nothing is left to do, and nothing is noted twice.
+    assert only(take_down(notice, ledger=ledger)).state == "already"
+    assert len(ledger.events("release.taken_down")) == 1
+    assert sorted(path.name for path in place.parent.iterdir()) == sorted([place.name, aside.name])
 
 
-def test_what_was_half_published_goes_too(ledger: Ledger, tmp_path: Path) -> None:
-    partial = put(tmp_path / ".wizard.partial")
-    published(ledger, tmp_path / "wizard", kind="publishing")
-    (taken,) = take(ledger, tmp_path)
-    assert taken.done
+def test_deleted_on_demand_at_once_or_later(ledger: Ledger, place: Path, manifest: str) -> None:
+    take_down(notice_of(manifest), ledger=ledger)
+    done = only(take_down(notice_of(manifest), ledger=ledger, delete=True))
+    assert done.state == "taken down"
+    assert [path.name for path in place.parent.iterdir()] == ["tiny"]
+    other = place.with_name("other")
+    small_bundle(other)
+    note_published(ledger, manifest, other)
+    assert [one.state for one in take_down(notice_of(manifest), ledger=ledger, delete=True)] == [
+        "already",
+        "taken down",
+    ]
+    assert sorted(path.name for path in place.parent.iterdir()) == ["other", "tiny"]
+
+
+def test_every_place_is_taken_down_also_where_the_end_of_publishing_was_not_noted(
+    ledger: Ledger, place: Path, manifest: str
+) -> None:
+    second = place.with_name("killed before it was noted")
+    small_bundle(second)
+    note_published(ledger, manifest, second, finished=False)
+    assert published_places(ledger, manifest) == (str(place), str(second))
+    assert [one.state for one in take_down(notice_of(manifest), ledger=ledger)] == ["taken down", "taken down"]
+
+
+def test_a_copy_that_publishing_left_beside_it_is_taken_too(ledger: Ledger, place: Path, manifest: str) -> None:
+    partial = place.with_name(".tiny.partial")
+    small_bundle(partial)
+    assert only(take_down(notice_of(manifest), ledger=ledger)).state == "taken down"
     assert not partial.exists()
-    assert (tmp_path / "wizard" / "index.html").is_file()
-    assert len(list((tmp_path / "aside").rglob("model.safetensors"))) == 1
+    assert (aside_of(place, manifest, "-2") / "model.safetensors").is_file()
 
 
-def test_what_holds_something_else_by_now_is_left_alone(ledger: Ledger, tmp_path: Path) -> None:
-    other = put(tmp_path / "other", b"{}")
-    link = tmp_path / "link"
-    link.symlink_to(put(tmp_path / "elsewhere"))
-    for place in (other, link):
-        published(ledger, place)
-    taken = take(ledger, tmp_path)
-    assert [one.done for one in taken] == [False, False]
-    assert (other / "model.safetensors").is_file()
-    assert (link / "model.safetensors").is_file()
-    assert ledger.events("release.taken_down") == []
+def test_published_again_it_is_taken_down_again(ledger: Ledger, place: Path, manifest: str) -> None:
+    take_down(notice_of(manifest), ledger=ledger)
+    for path in place.iterdir():
+        path.unlink()
+    small_bundle(place)
+    assert only(take_down(notice_of(manifest), ledger=ledger)).state == "taken down"
+    assert aside_of(place, manifest, "-2").is_dir()
+    assert len(ledger.events("release.taken_down")) == 2
+    take_down(notice_of(manifest), ledger=ledger, delete=True)
+    assert [path.name for path in place.parent.iterdir()] == ["tiny"]
 
 
-def test_other_releases_stay(ledger: Ledger, tmp_path: Path) -> None:
-    place = put(tmp_path / "good", b"{}")
-    published(ledger, place, sha256_hex(b"{}"))
-    assert take(ledger, tmp_path) == []
-    assert (place / "model.safetensors").is_file()
+def test_a_notice_that_was_damaged_or_says_less_is_put_right(ledger: Ledger, place: Path, manifest: str) -> None:
+    take_down(notice_of(manifest), ledger=ledger)
+    (place / PAGE).unlink()
+    (place / README).write_text("All is well")
+    better = notice_of(manifest, reason="It answers wrongly, and worse.")
+    assert only(take_down(better, ledger=ledger)).state == "taken down"
+    assert tree(place) == notice_files(better)
 
 
-def test_a_place_on_another_disk_is_closed_beside_it(
-    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import errno
-    import os
-
-    place, rename = put(tmp_path / "site" / "wizard"), os.rename
-
-    def across(source: Any, target: Any) -> None:
-        if Path(target).is_relative_to(tmp_path / "aside"):
-            raise OSError(errno.EXDEV, "another disk")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", across)
-    published(ledger, place)
-    (taken,) = take(ledger, tmp_path)
-    assert taken.done
-    (kept,) = (tmp_path / "site").glob(".wizard.withdrawn-*")
-    assert (kept / "model.safetensors").is_file()
-    assert kept.stat().st_mode & 0o077 == 0
-    assert str(kept) in taken.what
+@pytest.mark.parametrize("words", HOSTILE)
+def test_hostile_words_reach_no_path(ledger: Ledger, place: Path, manifest: str, words: str) -> None:
+    notice = notice_of(manifest, name=f"../../{words}"[:100].encode("utf-8", "replace").decode(), reason=words)
+    assert only(take_down(notice, ledger=ledger)).state == "taken down"
+    assert sorted(path.name for path in place.parent.iterdir()) == ["tiny", aside_of(place, manifest).name]
+    assert set(tree(place)) == NOTICE
 
 
-def test_killed_between_its_steps_the_next_call_completes(
-    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import os
-    import signal
-
-    for delete in (False, True):
-        for stop_at in range(1, 6):
-            root = tmp_path / f"{stop_at}-{delete}"
-            place = put(root / "site" / "wizard")
-            published(ledger, place)
-
-            def act(root: Path = root, stop_at: int = stop_at, delete: bool = delete) -> None:
-                rename, count = os.rename, 0
-
-                def stepping(source: Any, target: Any) -> None:
-                    nonlocal count
-                    for after in (False, True):
-                        count += 1
-                        if count == stop_at:
-                            os.kill(os.getpid(), signal.SIGKILL)
-                        if not after:
-                            rename(source, target)
-
-                monkeypatch.setattr(os, "rename", stepping)
-                take(ledger, root, delete=delete)
-
-            os.waitpid(forked(act), 0)
-            take(ledger, root, delete=delete)
-            assert files(place) == {"README.md", "index.html", "WITHDRAWN.json"}
-            assert len(list(root.rglob("model.safetensors"))) == (0 if delete else 1)
-            assert not list((root / "site").glob("wizard/steelyard"))
+def test_nothing_was_published(ledger: Ledger) -> None:
+    assert take_down(notice_of("00" * 32), ledger=ledger) == ()
+    assert ledger.events() == []
 
 
-# -- the Hub ---------------------------------------------------------------------------------------------------------
+# -- not touched -----------------------------------------------------------------------------------------------------
 
 
-class Hub:
-    """The two calls that taking down makes, as the Hub answers them."""
-
-    def __init__(self) -> None:
-        self.settings: list[dict[str, Any]] = []
-        self.files: dict[str, bytes] = {}
-        self.tokens: set[str | None] = set()
-        self.order: list[str] = []
-        self.status = 200
-        self.url = ""
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
-        path = request.path
-        if path.startswith("/api/models/"):
-            self.tokens.add(request.headers.get("Authorization"))
-        if self.status != 200:
-            self.reply(request, self.status, {"error": "refused"})
-        elif request.command == "PUT" and path == "/api/models/org/wizard/settings":
-            self.order.append("settings")
-            self.settings.append(json.loads(body))
-            self.reply(request, 200, {})
-        elif path == "/api/models/org/wizard/preupload/main":
-            sent = json.loads(body)["files"]
-            told = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in sent]
-            self.reply(request, 200, {"files": told})
-        elif path == "/api/models/org/wizard/commit/main":
-            self.order.append("commit")
-            for line in body.splitlines():
-                one = json.loads(line)
-                if one["key"] == "file":
-                    self.files[one["value"]["path"]] = base64.b64decode(one["value"]["content"])
-            self.reply(request, 200, {"commitUrl": f"{self.url}/org/wizard/commit/{'0' * 40}", "commitOid": "0" * 40})
-        elif path.startswith("/api/validate-yaml"):
-            self.reply(request, 200, {"errors": [], "warnings": []})
-        else:
-            self.reply(request, 404, {"error": f"no {request.command} {path}"})
-
-    @staticmethod
-    def reply(request: BaseHTTPRequestHandler, status: int, value: dict[str, Any]) -> None:
-        data = json.dumps(value).encode()
-        request.send_response(status)
-        request.send_header("Content-Type", "application/json")
-        request.send_header("Content-Length", str(len(data)))
-        request.end_headers()
-        request.wfile.write(data)
+def put_other_release(place: Path) -> None:
+    small_bundle(place, words=b"others")
 
 
-@contextmanager
-def serving(hub: Hub) -> Iterator[None]:
-    class Handler(BaseHTTPRequestHandler):
-        def handle_any(self) -> None:
-            hub.answer(self)
-
-        do_GET = do_POST = do_PUT = handle_any  # noqa: N815
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def put_changed_manifest(place: Path) -> None:
+    small_bundle(place)
+    (place / MANIFEST).write_bytes((place / MANIFEST).read_bytes() + b" ")
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    pytest.importorskip("huggingface_hub")
-    made = Hub()
-    with serving(made):
-        monkeypatch.setenv("HF_ENDPOINT", made.url)
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        yield made
+def put_other_things(place: Path) -> None:
+    place.mkdir(parents=True)
+    (place / "thesis.tex").write_text("years of work")
+
+
+def put_other_notice(place: Path) -> None:
+    place.mkdir(parents=True)
+    for name, data in notice_files(notice_of("99" * 32)).items():
+        (place / name).write_bytes(data)
+
+
+def put_file(place: Path) -> None:
+    place.parent.mkdir(parents=True)
+    place.write_text("a file")
+
+
+def put_link(place: Path) -> None:
+    small_bundle(place.parent / "elsewhere")
+    place.symlink_to(place.parent / "elsewhere")
+
+
+def put_linked_home(place: Path) -> None:
+    small_bundle(place.parent / "elsewhere")
+    place.mkdir()
+    (place / "steelyard").symlink_to(place.parent / "elsewhere" / "steelyard")
 
 
 @pytest.mark.parametrize(
-    ("access", "setting"), [("private", {"visibility": "private"}), ("gated", {"gated": "manual"})]
+    ("put", "said"),
+    [
+        (put_other_release, "holds another release"),
+        (put_changed_manifest, "holds another release"),
+        (put_other_things, "holds something else"),
+        (put_other_notice, "holds something else"),
+        (put_file, "is no folder"),
+        (put_link, "is a symbolic link"),
+        (put_linked_home, "holds something else"),
+    ],
 )
-def test_a_repository_is_closed_first_and_then_shows_the_notice(
-    hub: Hub, ledger: Ledger, tmp_path: Path, access: Any, setting: dict[str, str]
+@pytest.mark.parametrize("delete", [False, True])
+def test_what_is_not_this_release_is_not_touched(
+    ledger: Ledger, tmp_path: Path, place: Path, put: Callable[[Path], None], said: str, delete: bool
 ) -> None:
-    published(ledger, "hf://org/wizard")
-    (taken,) = take(ledger, tmp_path, access=access)
-    assert taken.done, taken
-    assert hub.order == ["settings", "commit"]
-    assert hub.settings in ([setting], [{"private": True}] if access == "private" else [])  # by the library's version
-    assert set(hub.files) == {"README.md"}
-    assert b"# Withdrawn: wizard" in hub.files["README.md"]
-    assert hub.tokens == {"Bearer hf_secret"}
-    assert take(ledger, tmp_path, access=access) == []
-    assert hub.order == ["settings", "commit"]
+    manifest = small_bundle(tmp_path / "ours")
+    note_published(ledger, manifest, place)
+    put(place)
+    before = tree(place.parent)
+    mode = place.lstat().st_mode
+    done = only(take_down(notice_of(manifest), ledger=ledger, delete=delete))
+    assert done.state == "failed"
+    assert said in done.detail
+    assert str(place) in done.detail
+    assert tree(place.parent) == before
+    assert place.lstat().st_mode == mode
+    assert ledger.events("release.taken_down") == []
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 500])
-def test_a_hub_that_refuses_is_reported_and_tried_again_by_the_next_call(
-    hub: Hub, ledger: Ledger, tmp_path: Path, status: int
+def test_a_place_that_is_used_again_after_the_take_down(ledger: Ledger, place: Path, manifest: str) -> None:
+    take_down(notice_of(manifest), ledger=ledger)
+    for path in place.iterdir():
+        path.unlink()
+    put_other_release(place)
+    before = tree(place)
+    assert only(take_down(notice_of(manifest), ledger=ledger)).state == "already"
+    assert tree(place) == before
+
+
+def test_an_absent_folder_and_an_absent_disk(ledger: Ledger, tmp_path: Path, place: Path, manifest: str) -> None:
+    place.rename(tmp_path / "gone")
+    assert only(take_down(notice_of(manifest), ledger=ledger)).state == "absent"
+    assert not place.exists()
+    note_published(ledger, manifest, tmp_path / "disk" / "tiny")
+    failed = take_down(notice_of(manifest), ledger=ledger)[1]
+    assert failed.state == "failed"
+    assert "mount or restore it" in failed.detail
+
+
+def test_one_failure_does_not_stop_the_others_and_a_rerun_does_the_rest(
+    ledger: Ledger, tmp_path: Path, manifest: str, place: Path
 ) -> None:
-    published(ledger, "hf://org/wizard")
-    hub.status = status
-    (taken,) = take(ledger, tmp_path)
-    assert not taken.done
-    assert str(status) in taken.what
-    assert "hf_secret" not in taken.what
-    hub.status = 200
-    assert [one.done for one in take(ledger, tmp_path)] == [True]
+    first, last = tmp_path / "a" / "tiny", tmp_path / "z" / "tiny"
+    put_other_things(first)
+    small_bundle(last)
+    for one in (first, last):
+        note_published(ledger, manifest, one)
+    assert [one.state for one in take_down(notice_of(manifest), ledger=ledger)] == [
+        "taken down",
+        "failed",
+        "taken down",
+    ]
+    (first / "thesis.tex").rename(tmp_path / "thesis.tex")
+    first.rmdir()
+    small_bundle(first)
+    assert [one.state for one in take_down(notice_of(manifest), ledger=ledger)] == ["already", "taken down", "already"]
+    assert len(ledger.events("release.taken_down")) == 3
 
 
-def test_a_hub_that_is_not_there_is_reported(hub: Hub, ledger: Ledger, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    published(ledger, "hf://org/wizard")
-    (taken,) = take(ledger, tmp_path)
-    assert not taken.done
-    assert "cannot be reached" in taken.what
+def test_files_that_are_not_of_the_release_are_not_deleted(ledger: Ledger, place: Path, manifest: str) -> None:
+    (place / "notes").mkdir()
+    (place / "notes" / "mine.txt").write_text("keep me")
+    done = only(take_down(notice_of(manifest), ledger=ledger, delete=True))
+    aside = aside_of(place, manifest)
+    assert done.state == "failed"
+    assert "notes/mine.txt: not of the release, so kept" in done.detail
+    assert set(tree(place)) == NOTICE
+    assert set(tree(aside)) == {"notes/mine.txt", MANIFEST}
+    (aside / "notes" / "mine.txt").unlink()
+    assert only(take_down(notice_of(manifest), ledger=ledger, delete=True)).state == "taken down"
+    assert not aside.exists()
 
 
-def test_a_repository_with_a_later_good_release_is_left_to_a_person(hub: Hub, ledger: Ledger, tmp_path: Path) -> None:
-    published(ledger, "hf://org/wizard")
-    published(ledger, "hf://org/wizard", "0" * 64)
-    (taken,) = take(ledger, tmp_path)
-    assert not taken.done
-    assert "later release" in taken.what
-    assert hub.order == []
+def test_a_link_among_the_files_leads_the_deletion_nowhere(
+    ledger: Ledger, tmp_path: Path, place: Path, manifest: str
+) -> None:
+    kept = tmp_path / "kept.safetensors"
+    kept.write_bytes(b"somebody's")
+    (place / "model.safetensors").unlink()
+    (place / "model.safetensors").symlink_to(kept)
+    done = only(take_down(notice_of(manifest), ledger=ledger, delete=True))
+    assert done.state == "failed"
+    assert "symbolic link" in done.detail
+    assert kept.read_bytes() == b"somebody's"
+
+
+# -- changed meanwhile, interrupted ----------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_exchanged_meanwhile_is_put_back(
+    ledger: Ledger, tmp_path: Path, place: Path, manifest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+    other = tmp_path / "public" / "next"
+    put_other_release(other)
+    before = tree(other)
+    other.chmod(0o750)
+
+    def exchange(source: Path, target: Path) -> None:
+        if source == place and other.exists():
+            rename(place, tmp_path / "first")
+            rename(other, place)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", exchange)
+    done = only(take_down(notice_of(manifest), ledger=ledger))
+    assert done.state == "failed"
+    assert "was changed meanwhile" in done.detail
+    assert tree(place) == before
+    assert stat.S_IMODE(place.stat().st_mode) == 0o750
+    assert not aside_of(place, manifest).exists()
+
+
+def test_a_manifest_that_is_changed_meanwhile_is_put_back(
+    ledger: Ledger, place: Path, manifest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.chmod(0o750)
+    rename = os.rename
+
+    def change(source: Path, target: Path) -> None:
+        (Path(source) / MANIFEST).write_bytes(b"{}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", change)
+    done = only(take_down(notice_of(manifest), ledger=ledger))
+    assert done.state == "failed"
+    assert "was changed meanwhile" in done.detail
+    assert (place / "model.safetensors").is_file()
+    assert stat.S_IMODE(place.stat().st_mode) == 0o750
+
+
+class KilledError(BaseException):
+    """As by a signal: no handler of ours runs to its end."""
+
+
+STEPS = ("fchmod", "rename", "unlink", "rmdir", "replace", "chmod", "fsync", "mkdir")
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> list[str]:
+    """Raise at that call, counted over all that change the disk, and at every one after it. Gives those that were
+    done."""
+    asked: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: object, **more: object) -> object:
+            if len(asked) >= moment:
+                raise KilledError(name)
+            asked.append(name)
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in STEPS:
+        counted(name)
+    return asked
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_killed_at_every_step_a_rerun_completes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delete: bool
+) -> None:
+    for moment in range(200):
+        place = tmp_path / str(moment) / "tiny"
+        manifest = small_bundle(place)
+        note, aside, killed = notice_of(manifest), aside_of(place, manifest), False
+        with monkeypatch.context() as patch:
+            kill_at(patch, moment)
+            try:
+                takedown_folder.take_down_folder(place, note, delete=delete)
+            except KilledError:
+                killed = True
+        # At no moment: the release's files beside a notice, or a copy aside that others may read.
+        if place.exists():
+            assert set(tree(place)) in (NOTICE, {MANIFEST, "README.md", "model.safetensors", SUMMARY})
+        if aside.exists():
+            assert stat.S_IMODE(aside.stat().st_mode) == 0o700
+        takedown_folder.take_down_folder(place, note, delete=delete)
+        assert tree(place) == notice_files(note)
+        assert aside.exists() == (not delete)
+        if not killed:
+            break
+    assert moment > (20 if delete else 12)
+    assert moment < 199
+
+
+def test_killed_before_it_is_noted_it_is_noted_by_the_next(ledger: Ledger, place: Path, manifest: str) -> None:
+    takedown_folder.take_down_folder(place, notice_of(manifest))
+    assert only(take_down(notice_of(manifest), ledger=ledger)).state == "already"
+    assert len(ledger.events("release.taken_down", manifest=manifest, destination=str(place))) == 1
+
+
+def test_a_folder_that_may_not_be_changed_is_named(
+    ledger: Ledger, place: Path, manifest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    done = only(take_down(notice_of(manifest), ledger=ledger))
+    assert done.state == "failed"
+    assert done.detail == f"{place}: Permission denied"
+    monkeypatch.undo()
+    assert only(take_down(notice_of(manifest), ledger=ledger)).state == "taken down"
+
+
+def test_a_hundred_take_downs_are_too_many(place: Path, manifest: str) -> None:
+    for number in range(1, 100):
+        aside_of(place, manifest, "" if number == 1 else f"-{number}").mkdir()
+    with pytest.raises(SteelyardError, match="lie beside it already"):
+        takedown_folder.take_down_folder(place, notice_of(manifest))
+    assert (place / MANIFEST).is_file()

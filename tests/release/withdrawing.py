@@ -16,11 +16,27 @@ from typing import Any
 
 from securesystemslib.signer import CryptoSigner
 
-from steelyard.base.canonical import canonical_json, digest
+from steelyard.base.canonical import canonical_json, digest, sha256_file, sha256_hex
+from steelyard.ledger.ledger import Ledger
+from steelyard.release.layout import MANIFEST, SUMMARY
+from steelyard.release.notice import Notice
 from steelyard.release.trust import Trust, Withdrawal
 from steelyard.release.withdrawal import Entry, SignedList, WithdrawalList, check_withdrawn, list_bytes, read_list
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+WEIGHTS = "ab" * 32
+TIME = "2026-11-22T10:11:12Z"
+HOSTILE = (
+    "</title><script>alert(1)</script>",
+    "[click](https://evil.example) ![x](https://evil.example/x.png) <https://evil.example>",
+    "a\n# Not withdrawn\n\nAll is well",
+    "\x1b[2J\x1b[1;1HVERIFIED\x07",
+    "\u202eesrever\u2066 and \u200bhidden",
+    "`code` | cell | *bold* ``` fence",
+    "\ud800 has no UTF-8",
+    '"><img src=x onerror=alert(1)>&amp;',
+    "---\nlicense: mit\n---",
+)
 
 
 def hexed(text: str) -> str:
@@ -188,3 +204,33 @@ def certified(folder: Path) -> tuple[ssl.SSLContext, Path]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(public, private)
     return context, public
+
+
+# -- take-downs -------------------------------------------------------------------------------------------------------
+
+
+def small_bundle(folder: Path, *, words: bytes = b"weights") -> str:
+    """A folder with the files, the manifest and one file that signs of a release; gives the manifest's SHA-256. It is
+    no bundle that verifies: a take-down asks for the manifest alone."""
+    (folder / "steelyard").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(words)
+    (folder / "README.md").write_bytes(b"# a model\n")
+    (folder / SUMMARY).write_bytes(b"{}\n")
+    files = [
+        {"path": path, "size": len(data), "sha256": sha256_hex(data), "kind": kind}
+        for path, data, kind in (("README.md", b"# a model\n", "document"), ("model.safetensors", words, "weights"))
+    ]
+    (folder / MANIFEST).write_bytes(canonical_json({"format": 2, "files": files}) + b"\n")
+    return sha256_file(folder / MANIFEST)
+
+
+def notice_of(manifest: str, **changes: Any) -> Notice:
+    given = {"name": "tiny", "manifest": manifest, "weights": WEIGHTS, "time": TIME, "reason": "It answers wrongly."}
+    return Notice(**(given | changes))
+
+
+def note_published(ledger: Ledger, manifest: str, destination: object, *, finished: bool = True) -> None:
+    known = {"destination": str(destination), "manifest": manifest, "name": "tiny", "weights": WEIGHTS}
+    ledger.append("release.publishing", known | {"started": TIME})
+    if finished:
+        ledger.append("release.published", known | {"started": TIME, "finished": TIME, "recipient": None})

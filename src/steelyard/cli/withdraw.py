@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,9 @@ from steelyard.cli.output import one_line, passphrase, print_json, print_table
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
 
-    from steelyard.release.takedown import Taken
+    from steelyard.base.progress import Progress
+    from steelyard.release.takedown import Outcome as Taken
+    from steelyard.release.takedown_hub import Access
     from steelyard.release.trust import Trust
     from steelyard.release.withdraw import Outcome, Place
     from steelyard.release.withdrawal import SignedList
@@ -54,7 +56,8 @@ def withdraw(
     url: Annotated[str | None, typer.Option(help="Where the list is served, for the notice.")] = None,
     hub: Annotated[str, typer.Option(help="What a repository on the Hub becomes: private, or gated.")] = "private",
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete the weights of published folders; else they are moved aside.")
+        bool,
+        typer.Option("--delete", help="Delete what published folders held of the release; else it is moved aside."),
     ] = False,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
@@ -100,7 +103,7 @@ def withdraw(
             outcome = room.withdraw(target, str(reason), place=place, signers=signers, valid=valid, replaced_by=instead)
         taken: list[Taken] = []
         if outcome.state != "proposed":
-            taken = _after(outcome, place, notices or list_file.parent / "notices", workspace, url, access, delete)
+            taken = _after(outcome, place, notices or list_file.parent / "notices", url, access, delete, progress)
     _print(outcome, taken, trusted=trust is not None, as_json=as_json)
     if not all(one.done for one in taken):
         raise typer.Exit(1)
@@ -176,7 +179,7 @@ def _duration(text: str) -> timedelta:
     return timedelta(hours=int(match[1]) * (24 if match[2] == "d" else 1))
 
 
-def _access(hub: str) -> Literal["private", "gated"]:
+def _access(hub: str) -> Access:
     if hub == "private":
         return "private"
     if hub == "gated":
@@ -219,10 +222,10 @@ def _after(
     outcome: Outcome,
     place: Place,
     notices: Path,
-    workspace: Path,
     url: str | None,
-    access: Literal["private", "gated"],
+    access: Access,
     delete: bool,
+    progress: Progress,
 ) -> list[Taken]:
     """Notices of all that is withdrawn, and whatever of it is still up is taken down."""
     from steelyard.base.files import write_atomic
@@ -231,10 +234,10 @@ def _after(
 
     taken: list[Taken] = []
     for entry in outcome.signed.content.entries:
-        notice = Notice.of(outcome.signed, entry, url)
+        notice = Notice.of(entry, url)
         write_atomic(notices / f"{notice.stem}.html", notice_html(notice).encode())
         write_atomic(notices / f"{notice.stem}.md", notice_markdown(notice).encode())
-        taken += take_down(notice, place.ledger, workspace / "withdrawn", delete=delete, access=access)
+        taken += take_down(notice, ledger=place.ledger, delete=delete, access=access, progress=progress)
     return taken
 
 
@@ -273,4 +276,4 @@ def _print(outcome: Outcome, taken: Sequence[Taken], *, trusted: bool, as_json: 
     if not trusted:
         print("signed by the keys given: whoever asks for other signers or more of them will refuse it (--trust)")
     for one in taken:
-        print(one_line(f"{'taken down' if one.done else 'NOT taken down'}: {one.destination}: {one.what}"))
+        print(one_line(f"{'NOT taken down' if one.state == 'failed' else one.state}: {one.destination}: {one.detail}"))

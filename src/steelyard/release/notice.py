@@ -1,157 +1,178 @@
-"""The notice of a withdrawal, for people: one HTML file that needs no network, and the same in Markdown.
+"""The notice of a withdrawal, for people: HTML (one file, no network), Markdown, and JSON for programs.
 
-What, when, why, what to do, and how to tell whether one's own copy is meant. Names and reasons are escaped.
+It stands where the release stood: in a published folder, and as the README of a repository. The reason, the name and
+the address are shown as text, whatever they hold: escaped, cut, with hidden characters shown by number.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from base64 import b64encode
-from dataclasses import dataclass
-from html import escape
+from dataclasses import asdict, dataclass
+from datetime import UTC
+from typing import TYPE_CHECKING
 
-from steelyard.release.withdrawal import Entry, SignedList
-from steelyard.safety.words import visible
+from steelyard.base.canonical import canonical_json
+from steelyard.base.errors import FormatError
+from steelyard.base.strict import strict_json
+from steelyard.release.attest import parse_time
+from steelyard.release.layout import MANIFEST
+from steelyard.release.markup import code, escape, one_line
+from steelyard.safety.html_parts import CSP, CSS, text
 
-CSS = """
-:root{color-scheme:light dark;--ink:#1b2430;--soft:#51606f;--line:#d7dde3;--paper:#fff;--wash:#f5f7f9;--stop:#a8201a}
-@media(prefers-color-scheme:dark){:root{--ink:#e6eaee;--soft:#a9b4bf;--line:#39424c;--paper:#14191f;--wash:#1c232b;
---stop:#ff9b92}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:44rem;margin:0 auto;padding:1.5rem 1rem 4rem}
-h1{font-size:1.5rem;line-height:1.25;margin:.2rem 0 .8rem;overflow-wrap:anywhere}
-h2{font-size:1.15rem;margin:2rem 0 .4rem;padding-top:.7rem;border-top:1px solid var(--line)}
-.stop{border:1px solid var(--line);border-left:.4rem solid var(--stop);border-radius:.4rem;padding:.6rem .9rem}
-.stop strong{color:var(--stop)}
-.why{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}
-dl{display:grid;grid-template-columns:minmax(7rem,auto) 1fr;gap:.2rem 1rem}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-code,pre{font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
-pre{white-space:pre-wrap;background:var(--wash);border:1px solid var(--line);border-radius:.4rem;padding:.6rem .8rem}
-@media(max-width:34rem){dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
-@media print{:root{color-scheme:light;--ink:#000;--soft:#333;--line:#999;--paper:#fff;--wash:#fff;--stop:#a8201a}}
-"""
-_CSP = (
-    f"default-src 'none'; style-src 'sha256-{b64encode(hashlib.sha256(CSS.encode()).digest()).decode()}'; "
-    "base-uri 'none'; form-action 'none'"
-)
-_STEPS = (
-    "Stop using it, and stop offering it to others.",
-    "Delete your copies, and those that were converted, quantised, merged or trained further from it.",
-    "Tell those to whom you gave it, or who use a service that runs on it.",
+if TYPE_CHECKING:
+    from steelyard.release.withdrawal import Entry
+
+FORMAT = 1
+README, PAGE, DATA = "README.md", "index.html", "notice.json"  # the files of a folder that holds a notice
+NOTICE_LIMIT = 100_000  # bytes of DATA
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_STOP = "Stop using it, and take it out of whatever serves it."
+_DELETE = "Delete your copies, and those in caches and images."
+_TELL = "Tell those to whom you gave it, or something made from it."
+_CHECK = "A copy under another name is the same release where its digests are those below. To check one:"
+_LIST = (
+    "LIST is the publisher's signed list of withdrawn releases (a file or an https address), and trust.yaml says whose "
+    "signatures you accept. Take neither from the copy that you check."
 )
 
 
 @dataclass(frozen=True)
 class Notice:
-    """What the notice tells: the entry, and the list that it stands in. `url` is where the list is served, if known."""
+    """What was withdrawn, when, and why. `manifest` is the SHA-256 of its manifest file, `weights` its weights root,
+    `replaced_by` the manifest's SHA-256 of the release to use instead, `url` where the
+    list is served. Raises FormatError for digests that are none."""
 
-    entry: Entry
-    list_name: str
-    sequence: int
-    issued: str
+    name: str
+    manifest: str
+    weights: str
+    time: str
+    reason: str
+    replaced_by: str | None = None
     url: str | None = None
 
+    def __post_init__(self) -> None:
+        digests = {"manifest": self.manifest, "weights": self.weights, "replaced_by": self.replaced_by}
+        for key, value in digests.items():
+            if value is not None and _SHA256.fullmatch(value) is None:
+                raise FormatError(f"withdrawal notice: {key}: must be 64 lower-case hexadecimal digits")
+        parse_time(self.time, "withdrawal notice: time")
+        if not self.reason.strip() or not self.name.strip():
+            raise FormatError("withdrawal notice: needs a name and a reason")
+
     @classmethod
-    def of(cls, signed: SignedList, entry: Entry, url: str | None = None) -> Notice:
-        return cls(entry, signed.content.name, signed.content.sequence, signed.content.issued, url)
+    def of(cls, entry: Entry, url: str | None = None) -> Notice:
+        """The notice of an entry of the signed list."""
+        name = entry.name if entry.name.strip() else "release"
+        return cls(name, entry.manifest, entry.weights, entry.time, entry.reason, entry.replaced_by, url)
 
     @property
     def stem(self) -> str:
-        """The name of the notice's files, without their ending."""
-        name = re.sub("[^A-Za-z0-9._-]+", "-", self.entry.name).strip(".-")[:80]
-        return f"{name or 'release'}-{self.entry.manifest[:16]}"
+        """The name of the notice's files where several notices lie in one folder, without their ending."""
+        name = re.sub("[^A-Za-z0-9._-]+", "-", self.name).strip(".-")[:80]
+        return f"{name or 'release'}-{self.manifest[:16]}"
 
     @property
-    def _commands(self) -> str:
-        where = self.url if self.url is not None and re.fullmatch(r"https?://[!-~]+", self.url) else "withdrawn.json"
-        where = "withdrawn.json" if set(where) & set("'\"`$;|&<>()\\") else where
-        return (
-            f"sha256sum FOLDER/steelyard/manifest.json\nsteelyard verify FOLDER --trust YOUR-TRUST.yaml --list {where}"
-        )
+    def when(self) -> str:
+        """The time in words."""
+        return f"{parse_time(self.time, 'time').astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def notice_html(notice: Notice) -> str:
-    """The page: no script, nothing from elsewhere, readable on a phone and in the dark."""
-    entry, name = notice.entry, _html(notice.entry.name)
-    steps = [*map(escape, _STEPS)]
-    if entry.replaced_by is not None:
-        steps.append(f"Use the release with this manifest instead: <code>{entry.replaced_by}</code>")
-    facts = (
-        ("Release", name),
-        ("Withdrawn", _html(entry.time)),
-        ("Manifest (SHA-256)", f"<code>{entry.manifest}</code>"),
-        ("Weights root", f"<code>{entry.weights}</code>"),
-        ("List", f"{_html(notice.list_name)}, number {notice.sequence} of {_html(notice.issued)}"),
-        *([("Served at", f"<code>{_html(notice.url)}</code>")] if notice.url else []),
-    )
+    """The notice as one HTML page: no script, no link, no address is obeyed."""
+    title = f"Withdrawn: {text(one_line(notice.name))}"
+    actions = [f"<strong>{_STOP}</strong>", _DELETE, _TELL]
+    if notice.replaced_by is not None:
+        actions.append(f"Use the release with this manifest instead: <code>{notice.replaced_by}</code>")
+    else:
+        actions.append("There is no release that replaces it.")
+    served = "" if notice.url is None else f"<p>The list is served at: {text(one_line(notice.url))}</p>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_CSP}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{CSP}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="referrer" content="no-referrer">'
-        f"<title>Withdrawn: {name}</title><style>{CSS}</style></head><body><main><h1>Withdrawn: {name}</h1>"
-        f'<p class="stop"><strong>Do not use this model.</strong> Its maker withdrew it at {_html(entry.time)}.</p>'
-        f'<h2>Why</h2><p class="why">{_html(entry.reason)}</p>'
-        f"<h2>What to do</h2><ul>{''.join(f'<li>{step}</li>' for step in steps)}</ul>"
-        "<h2>Is your copy meant?</h2><p>Compare the first digest with the manifest below. The second command also "
-        f"finds the same weights under another name.</p><pre>{escape(notice._commands)}</pre>"
-        f"<h2>What was withdrawn</h2><dl>{''.join(f'<dt>{key}</dt><dd>{value}</dd>' for key, value in facts)}</dl>"
+        '<meta name="referrer" content="no-referrer"><meta name="robots" content="noarchive">'
+        f"<title>{title}</title><style>{CSS}</style></head><body><main><h1>{title}</h1>"
+        f'<p class="FAIL"><strong>✕ This model was withdrawn on {notice.when}.</strong></p>'
+        f"<h2>Why</h2><blockquote>{text(notice.reason)}</blockquote>"
+        f"<h2>What to do</h2><ul>{''.join(f'<li>{action}</li>' for action in actions)}</ul>"
+        f"<h2>How to check a copy</h2><p>{_CHECK}</p>"
+        f"<p><code>{text(_command())}</code></p><p>{text(_LIST)}</p>{served}"
+        f"<p>Without Steelyard: <code>{text(_by_hand())}</code></p>"
+        "<h2>Digests</h2><dl>"
+        f"<dt>Manifest (SHA-256 of {MANIFEST})</dt><dd><code>{notice.manifest}</code></dd>"
+        f"<dt>Weights root</dt><dd><code>{notice.weights}</code></dd></dl>"
         "</main></body></html>\n"
     )
 
 
-def notice_markdown(notice: Notice, *, hub: bool = False) -> str:
-    """The same in Markdown; with `hub`, under the metadata that makes it a repository's README."""
-    entry, name = notice.entry, _markdown(notice.entry.name)
-    steps = [f"- {step}" for step in _STEPS]
-    if entry.replaced_by is not None:
-        steps.append(f"- Use the release with this manifest instead: `{entry.replaced_by}`")
-    served = [f"- Served at: {_markdown(notice.url)}"] if notice.url else []
+def notice_markdown(notice: Notice) -> str:
+    """The notice as Markdown (CommonMark), fit for a repository's README."""
+    instead = "There is no release that replaces it."
+    if notice.replaced_by is not None:
+        instead = f"Use the release with this manifest instead: {code(notice.replaced_by)}"
+    served = [] if notice.url is None else ["", f"The list is served at: {escape(notice.url)}"]
     lines = [
-        *(["---", "tags:", "- withdrawn", "---", ""] if hub else []),
-        f"# Withdrawn: {name}",
+        f"# Withdrawn: {escape(notice.name)}",
         "",
-        f"**Do not use this model.** Its maker withdrew it at {_markdown(entry.time)}.",
+        f"**This model was withdrawn on {notice.when}.**",
         "",
         "## Why",
         "",
-        *(f"> {_markdown(line)}" for line in entry.reason.splitlines()),
+        f"> {escape(notice.reason)}",
         "",
         "## What to do",
         "",
-        *steps,
+        f"- **{_STOP}**",
+        f"- {_DELETE}",
+        f"- {_TELL}",
+        f"- {instead}",
         "",
-        "## Is your copy meant?",
+        "## How to check a copy",
         "",
-        "Compare the first digest with the manifest below. The second command also finds the same weights under",
-        "another name.",
+        _CHECK,
         "",
-        *(f"    {line}" for line in notice._commands.splitlines()),
+        f"    {_command()}",
         "",
-        "## What was withdrawn",
-        "",
-        f"- Release: {name}",
-        f"- Manifest (SHA-256): `{entry.manifest}`",
-        f"- Weights root: `{entry.weights}`",
-        f"- List: {_markdown(notice.list_name)}, number {notice.sequence} of {_markdown(notice.issued)}",
+        _LIST,
         *served,
         "",
+        f"Without Steelyard: {code(_by_hand())}",
+        "",
+        "## Digests",
+        "",
+        f"- Manifest (SHA-256 of {code(MANIFEST)}): {code(notice.manifest)}",
+        f"- Weights root: {code(notice.weights)}",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def _html(text: str) -> str:
-    return escape(visible(text))
+def notice_files(notice: Notice) -> dict[str, bytes]:
+    """The files of a folder that holds the notice and nothing else."""
+    data = canonical_json({"format": FORMAT} | {key: _spelled(value) for key, value in asdict(notice).items()})
+    return {README: notice_markdown(notice).encode(), PAGE: notice_html(notice).encode(), DATA: data + b"\n"}
 
 
-def _markdown(text: str) -> str:
-    """One line of plain text: nothing in it is taken for Markdown, HTML or a link."""
-    line = " ".join(visible(text).split())
-    line = re.sub(r"([\\`*_{}\[\]()#!|~^$])", r"\\\1", line)
-    line = re.sub(r"^([-+=]|\d+(?=\.))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)
-    for plain, spelled in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("://", ":&#47;&#47;"), ("@", "&#64;")):
-        line = line.replace(plain, spelled)
-    return re.sub(r"(?i)\b(www)\.", r"\1&#46;", line)
+def read_notice(data: bytes, where: str) -> Notice:
+    """The notice of a `notice.json`. Raises FormatError."""
+    raw = strict_json(data, where, limit=NOTICE_LIMIT)
+    known = set(Notice.__dataclass_fields__)
+    if not isinstance(raw, dict) or set(raw) != known | {"format"} or raw["format"] != FORMAT:
+        raise FormatError(f"{where}: not a withdrawal notice of format {FORMAT}")
+    values = {key: raw[key] for key in known}
+    for key, value in values.items():
+        if not isinstance(value, str) and not (value is None and key in ("replaced_by", "url")):
+            raise FormatError(f"{where}: {key}: must be a text")
+    return Notice(**values)
+
+
+def _spelled(value: str | None) -> str | None:
+    """Text that has a UTF-8 spelling: a lone surrogate has none."""
+    return None if value is None else value.encode("utf-8", "backslashreplace").decode()
+
+
+def _command() -> str:
+    return "steelyard verify COPY --trust trust.yaml --list LIST"
+
+
+def _by_hand() -> str:
+    return f"sha256sum COPY/{MANIFEST}"

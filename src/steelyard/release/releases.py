@@ -62,7 +62,8 @@ def releases(
     ]
 
 
-_KINDS = ("attested", "bundled", "publishing", "published", "withdrawn", "taken_down")
+_PLACED = ("publishing", "published", "taken_down")
+_KINDS = ("attested", "bundled", "withdrawn", *_PLACED)
 
 
 def _state(
@@ -81,6 +82,12 @@ def _state(
     def where(kind: str) -> tuple[str, ...]:
         places = [str(e.payload.get("destination")) for e in events[kind] if e.payload.get("manifest") == manifest]
         return tuple(dict.fromkeys(places))
+
+    def gone(place: str) -> bool:
+        """Whether it was not published there again since."""
+        there = {"destination": place, "manifest": manifest}
+        found = [e for kind in _PLACED for e in events[kind] if there.items() <= e.payload.items()]
+        return max(found, key=lambda event: event.seq).kind == "release.taken_down"
 
     entry = next((entry for entry in entries if _meant(entry, manifest, payload, known)), None)
     released, published = when("bundled"), where("published")
@@ -107,7 +114,7 @@ def _state(
         publishing=tuple(place for place in where("publishing") if place not in published),
         withdrawn=None if entry is None else str(entry["time"]),
         reason=None if entry is None else str(entry["reason"]),
-        taken_down=where("taken_down"),
+        taken_down=tuple(place for place in where("taken_down") if gone(place)),
     )
 
 

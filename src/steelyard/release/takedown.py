@@ -1,201 +1,112 @@
-"""Take down what we control: the folders and the Hub repositories to which this ledger published a withdrawn release.
+"""Take down what we control of a withdrawn release: every place where the ledger says it was published.
 
-A folder gives way to the notice; its weights are moved aside, where nobody is served from, or deleted on demand. A
-repository is made private, or gated by hand, and its README becomes the notice. What was taken down is noted, and is
-not done again; what holds another release by now is left alone and reported.
+    outcomes = take_down(notice, ledger=ledger)
+
+A folder gives way to the notice; what it held is moved aside, closed to others, or deleted (`takedown_folder`). A
+repository on the Hub becomes private, or gated by hand, and shows the notice as its README (`takedown_hub`). Copies
+that others made are not reached: for them there is the signed list. A place that holds anything else than this very
+release is not touched.
+
+Every step looks first at what is there, so a take-down that was interrupted, or failed in one place, is completed by
+the same call. The ledger gets `release.taken_down` for each place once nothing is left to do there.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from steelyard.base.canonical import canonical_json, sha256_file
-from steelyard.base.errors import FormatError, SteelyardError, require_extra
-from steelyard.base.files import fsync_folder, new_folder, read_bounded
-from steelyard.base.strict import strict_json
-from steelyard.release.layout import MANIFEST
-from steelyard.release.notice import Notice, notice_html, notice_markdown
+from steelyard.base.errors import SteelyardError
+from steelyard.base.progress import Progress, Silent
+from steelyard.release.notice import Notice
+from steelyard.release.takedown_folder import Done, OtherReleaseError, take_down_folder
+from steelyard.release.takedown_hub import Access, take_down_repository
 
 if TYPE_CHECKING:
     from steelyard.ledger.ledger import Ledger
 
-MARK = "WITHDRAWN.json"  # tells a notice's folder from anything else
-TIMEOUT = 60.0  # seconds without a byte from the Hub
-Access = Literal["private", "gated"]
+HUB = "hf://"
+_EVENTS = ("publishing", "published", "taken_down")
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What became of one place. `done` False: it needs a person, `what` says why."""
+class Outcome:
+    """What came of one place. `absent`: nothing was there, or nothing that anybody else may see."""
 
     destination: str
-    done: bool
-    what: str
+    state: Done | Literal["failed"]
+    detail: str
+
+    @property
+    def done(self) -> bool:
+        return self.state != "failed"
+
+
+def published_places(ledger: Ledger, manifest: str) -> tuple[str, ...]:
+    """Where that manifest was published, in order; also where publishing began and was not noted as finished: it may
+    have been killed after the last byte."""
+    events = ledger.events("release.published", manifest=manifest)
+    events += ledger.events("release.publishing", manifest=manifest)
+    places = (event.payload.get("destination") for event in sorted(events, key=lambda event: event.seq))
+    return tuple(dict.fromkeys(place for place in places if isinstance(place, str)))
 
 
 def take_down(
-    notice: Notice, ledger: Ledger, aside: Path, *, delete: bool = False, access: Access = "private"
-) -> list[Taken]:
-    """Every place to which the ledger says that this release went, whole or in part. `aside`: for its weights."""
-    found = []
-    manifest = notice.entry.manifest
-    for destination in _destinations(ledger, manifest):
-        again = not destination.startswith("hf://") and _holds(Path(destination), manifest)  # somebody put it back
-        if ledger.events("release.taken_down", destination=destination, manifest=manifest) and not again:
-            continue
-        newer = _newer(ledger, destination, manifest)
-        if newer is not None and destination.startswith("hf://"):
-            text = f"holds a later release by now ({newer[:16]}): left as it is; remove the old revision by hand"
-            found.append(Taken(destination, False, text))
-            continue
-        try:
-            if destination.startswith("hf://"):
-                taken = _repository(destination, notice, access)
-            else:
-                taken = _folder(Path(destination), notice, aside, delete)
-        except (SteelyardError, OSError) as error:
-            taken = Taken(destination, False, " ".join(str(error).split()))
-        if taken.done:
-            ledger.append("release.taken_down", {"destination": destination, "manifest": manifest, "what": taken.what})
-        found.append(taken)
-    return found
+    notice: Notice,
+    *,
+    ledger: Ledger,
+    delete: bool = False,
+    access: Access = "private",
+    progress: Progress | None = None,
+) -> tuple[Outcome, ...]:
+    """Take the release down in every place; `delete`: delete what folders held, in place of moving it aside;
+    `access`: what a repository becomes.
+
+    A failure in one place is an outcome, and does not stop the others. Raises SteelyardError where the ledger fails.
+    """
+    progress = progress or Silent()
+    outcomes = []
+    for place in published_places(ledger, notice.manifest):
+        known: dict[str, Any] = {"manifest": notice.manifest, "destination": place}
+        before = _noted(ledger, known)
+        outcome = _tried(place, notice, delete, access, before, progress)
+        if outcome.done and (outcome.state == "taken down" or not before):
+            said = {"name": notice.name, "weights": notice.weights, "state": outcome.state, "detail": outcome.detail}
+            ledger.append("release.taken_down", {**known, **said, "time": _now()})
+        outcomes.append(outcome)
+    return tuple(outcomes)
 
 
-def _destinations(ledger: Ledger, manifest: str) -> list[str]:
-    events = [*ledger.events("release.publishing", manifest=manifest), *ledger.events("release.published")]
-    return list(
-        dict.fromkeys(
-            str(event.payload["destination"])
-            for event in events
-            if event.payload.get("manifest") == manifest and "destination" in event.payload
-        )
-    )
+def _noted(ledger: Ledger, known: dict[str, Any]) -> bool:
+    """Whether the ledger says that it was taken down there, and not published there again since."""
+    events = [event for kind in _EVENTS for event in ledger.events(f"release.{kind}", **known)]
+    return max(events, key=lambda event: event.seq).kind == "release.taken_down"
 
 
-def _newer(ledger: Ledger, destination: str, manifest: str) -> str | None:
-    events = ledger.events("release.published", destination=destination)
-    last = str(events[-1].payload.get("manifest")) if events else manifest
-    gone = {event.payload.get("manifest") for event in ledger.events("release.withdrawn")}
-    return last if last != manifest and last not in gone else None
-
-
-# -- a folder --------------------------------------------------------------------------------------------------------
-
-
-def _folder(place: Path, notice: Notice, aside: Path, delete: bool) -> Taken:
-    manifest = notice.entry.manifest
-    if place.is_symlink():
-        raise SteelyardError("is a symbolic link: take down what it points to by hand")
-    for one in (place, place.with_name(f".{place.name}.partial")):  # a half-published copy has the weights as well
-        if _holds(one, manifest):
-            _move(one, aside / f"{place.name}-{manifest[:16]}")
-    if not place.exists():
-        with new_folder(place) as folder:
-            (folder / "README.md").write_text(notice_markdown(notice), encoding="utf-8")
-            (folder / "index.html").write_text(notice_html(notice), encoding="utf-8")
-            (folder / MARK).write_bytes(canonical_json({"manifest": manifest}) + b"\n")
-    elif not _is_notice(place, manifest):
-        raise SteelyardError("holds something else by now: left as it is")
-    kept = _kept(place, aside / f"{place.name}-{manifest[:16]}", manifest)
-    if delete:
-        for one in kept:
-            shutil.rmtree(one)
-        return Taken(str(place), True, "replaced by the notice, the weights deleted")
-    where = ", ".join(map(str, kept)) or "nowhere: they were gone"
-    return Taken(str(place), True, f"replaced by the notice, the weights kept at {where}")
-
-
-def _move(place: Path, target: Path) -> None:
-    """Out of the way in one step; beside it, hidden and closed to others, where `target` is on another disk."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for number in range(1, 100):
-        free = target if number == 1 else target.with_name(f"{target.name}-{number}")
-        if not free.exists():
-            break
+def _tried(place: str, notice: Notice, delete: bool, access: Access, before: bool, progress: Progress) -> Outcome:
     try:
-        os.rename(place, free)
+        state, detail = _one(place, notice, delete, access, progress)
+    except OtherReleaseError as error:
+        # Where it was taken down before, the place may be used again.
+        return Outcome(place, "already" if before else "failed", str(error))
+    except SteelyardError as error:
+        return Outcome(place, "failed", str(error))
     except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        free = place.with_name(f".{place.name.lstrip('.')}.withdrawn-{free.name[-20:]}")
-        os.rename(place, free)
-    free.chmod(0o700)
-    fsync_folder(place.parent)
-    fsync_folder(free.parent)
+        where = f"{error.filename}: " if error.filename else ""
+        return Outcome(place, "failed", f"{where}{error.strerror or error}")
+    return Outcome(place, state, detail)
 
 
-def _kept(place: Path, target: Path, manifest: str) -> list[Path]:
-    """Where the weights of this release lie aside, whoever moved them."""
-    beside = [
-        *target.parent.glob(f"{target.name}*"),
-        *place.parent.glob(f".{place.name}.withdrawn-*"),
-        *place.parent.glob(f".{place.name}.partial.withdrawn-*"),
-    ]
-    return [one for one in sorted(beside) if _holds(one, manifest)]
+def _one(place: str, notice: Notice, delete: bool, access: Access, progress: Progress) -> tuple[Done, str]:
+    if not place.startswith(HUB):
+        return take_down_folder(Path(place), notice, delete=delete)
+    from steelyard.release.hub_client import HubClient
+
+    with HubClient(place.removeprefix(HUB), progress) as client:
+        return take_down_repository(client, notice, access)
 
 
-def _holds(folder: Path, manifest: str) -> bool:
-    path = folder / MANIFEST
-    return folder.is_dir() and not folder.is_symlink() and path.is_file() and sha256_file(path) == manifest
-
-
-def _is_notice(folder: Path, manifest: str) -> bool:
-    try:
-        said = strict_json(read_bounded(folder / MARK, 1000), MARK, limit=1000, depth=2)
-    except (OSError, FormatError):
-        return False
-    return bool(said == {"manifest": manifest})
-
-
-# -- a repository on the Hub -----------------------------------------------------------------------------------------
-
-
-def _repository(destination: str, notice: Notice, access: Access) -> Taken:
-    name = destination.removeprefix("hf://")
-    readme = notice_markdown(notice, hub=True).encode()
-    with _hub() as (hub, api):
-        try:
-            # Access first: should the second call fail, nobody downloads it any more.
-            if access == "private":
-                api.update_repo_settings(name, private=True)
-            else:
-                api.update_repo_settings(name, gated="manual")
-            operation = hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=readme)
-            api.create_commit(name, operations=[operation], commit_message=f"Withdrawn: {notice.entry.manifest[:16]}")
-        except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            said = f"answers {status}" if status is not None else f"cannot be reached ({type(error).__name__})"
-            text = f"the Hub {said}: check the token (HF_TOKEN) and the name, and run the same command again"
-            raise SteelyardError(text) from error
-    return Taken(destination, True, f"made {access}, its README replaced by the notice")
-
-
-@contextmanager
-def _hub() -> Iterator[tuple[Any, Any]]:
-    """huggingface_hub, whose own client would wait for ever, and its API."""
-    try:
-        import huggingface_hub as hub
-        import huggingface_hub.errors
-    except ImportError:
-        raise require_extra("huggingface_hub", "models") from None
-    session = hub.get_session()
-    kind, hooks = type(session), {"request": session.event_hooks["request"]}
-    library: Any = import_module(kind.__module__.partition(".")[0])  # httpx, or what took its place
-    hub.set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT))
-    try:
-        # Read here, not at the library's import: a process may set it later.
-        yield hub, hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or hub.constants.ENDPOINT)
-    except library.HTTPError as error:
-        raise SteelyardError(
-            f"the Hub cannot be reached ({type(error).__name__}): run the same command again"
-        ) from error
-    finally:
-        hub.set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=None))
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
