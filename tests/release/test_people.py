@@ -16,7 +16,7 @@ from scenario import DISTINCT, PASSPHRASE, Chain, make_battery, make_policy
 from steelyard.base.errors import SteelyardError
 from steelyard.release import bundle as bundle_module
 from steelyard.release import writing
-from steelyard.release.keys import new_key
+from steelyard.release.keys import new_key, revoke_key
 from steelyard.release.layout import APPROVALS, MODEL_SIGNATURE, SUMMARY, TEST_RESULT
 from steelyard.release.refused import Refused
 from steelyard.release.signers import Signing
@@ -202,3 +202,40 @@ def test_an_approver_with_two_keys_and_one_certified_name_is_one_person(chain: C
     chain.approve(candidate, "bob", how=certified(chain, "bob", authority, "bob@example.org"))
     with pytest.raises(SteelyardError, match="one person approves once"):
         chain.approve(candidate, "bob2", how=certified(chain, "bob2", authority, "bob@example.org"))
+
+
+def test_one_key_with_two_certified_names_approves_once(chain: Chain) -> None:
+    authority = root()
+    authority.pem(chain.keys / "root.pem")
+    pins = [{"certificate_authority": "root.pem", "identity": f"p{number}@example.org"} for number in (1, 2)]
+    chain.people(approvers=pins)
+    candidate = chain.candidate()
+    chain.approve(candidate, "bob", how=certified(chain, "bob", authority, "p1@example.org"))
+    with pytest.raises(SteelyardError, match="one person approves once"):
+        chain.approve(candidate, "bob", how=certified(chain, "bob", authority, "p2@example.org"))
+
+
+@pytest.mark.parametrize("who", ["alice", "bob"])
+def test_a_certificate_does_not_give_a_key_a_second_role(chain: Chain, who: str) -> None:
+    authority = root()
+    authority.pem(chain.keys / "root.pem")
+    chain.people(releasers=[{"certificate_authority": "root.pem", "identity": "releaser@example.org"}])
+    candidate = chain.candidate()
+    for name in ("bob", "carol"):
+        chain.approve(candidate, name)
+    with pytest.raises(SteelyardError, match="wants another person in each role"):
+        chain.seal(candidate, by=who, how=certified(chain, who, authority, "releaser@example.org"))
+
+
+def test_the_revocation_of_a_key_that_only_a_certificate_proves_counts(chain: Chain) -> None:
+    authority = root()
+    authority.pem(chain.keys / "root.pem")
+    chain.people(releasers=[{"certificate_authority": "root.pem", "identity": "dora@example.org"}])
+    candidate = chain.candidate()
+    for name in ("bob", "carol"):
+        chain.approve(candidate, name)
+    bundle = chain.seal(candidate, how=certified(chain, "dora", authority, "dora@example.org"))
+    assert verify(chain, bundle).ok
+    revocation = revoke_key(chain.keys, "dora", PASSPHRASE, reason="stolen")
+    result = chain.verify(bundle, trust=chain.keys / "trust.yaml", policy=None, revocations=[revocation])
+    assert "revoked" in {finding.code for finding in result.findings}

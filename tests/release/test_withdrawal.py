@@ -204,6 +204,15 @@ def test_a_frozen_list_is_refused_once_its_end_is_over(verifier: Verifier) -> No
     assert verifier.codes(listed, "wizard") == ["withdrawn", "list-expired"]
 
 
+def test_a_list_first_seen_after_its_end_is_remembered_all_the_same(verifier: Verifier) -> None:
+    first = content()
+    second = after(first, [entry()], expires=stamp(NOW + timedelta(hours=12)))
+    assert verifier.check(first) == []
+    verifier.now = NOW + timedelta(days=1)
+    assert verifier.codes(second, "wizard") == ["withdrawn", "list-expired"]
+    assert "list-rollback" in verifier.codes(first, "wizard")
+
+
 def test_a_list_of_the_future_is_refused_and_not_remembered(verifier: Verifier) -> None:
     later = content(issued=stamp(NOW + timedelta(minutes=6)), sequence=9, previous=hexed("eighth"))
     assert verifier.codes(later) == ["list-future"]

@@ -27,7 +27,7 @@ from steelyard.release.attest import (
 )
 from steelyard.release.checks_files import relative
 from steelyard.release.evidence import CLOCKS_APART, Evidence
-from steelyard.release.layout import APPROVALS, JOURNAL, MODEL_SIGNATURE, SUMMARY, TEST_RESULT
+from steelyard.release.layout import APPROVALS, COUNTERSIGNATURE, JOURNAL, MODEL_SIGNATURE, SUMMARY, TEST_RESULT
 from steelyard.release.signers import trusted_signer
 from steelyard.release.statements import Approval, Summary, parse_approval, parse_summary, summary_properties
 from steelyard.release.trust import Role, Trust
@@ -150,28 +150,45 @@ def check_key_kind(policy: Policy, kind: str, file: str | None = None) -> Iterat
         yield Finding("key", f"{where}{policy.name} refuses throwaway keys: make a standing one (steelyard key new)")
 
 
-def check_people(statements: Statements, policy: Policy, trust: Trust, *, counted: bool) -> Iterator[Finding]:
+def read_witness(folder: Path) -> str | None:
+    """The key that countersigned, where a key did; whether rightly is `check_commitment`'s question."""
+    try:
+        data = read_bounded(folder / COUNTERSIGNATURE, ENVELOPE_LIMIT)
+        return next(iter(read_envelope(data, COUNTERSIGNATURE)[1]))
+    except (OSError, FormatError):
+        return None
+
+
+def check_people(
+    statements: Statements, policy: Policy, trust: Trust, *, counted: bool, witness: str | None = None
+) -> Iterator[Finding]:
     """As many approvers as policy and verifier ask for (once it is time to count), each another one; and different
-    people in every role, where the policy wants that."""
+    people in every role, where the policy wants that: neither the same key nor the same name in a certificate."""
     signers: dict[str, str] = {}
+    approvers = 0
     for approval in statements.approvals:
-        if approval.who in signers:
-            text = f"signed by the key of {signers[approval.who]} again: one person approves once"
+        before = signers.get(approval.who) or signers.get(approval.keyid)
+        if before is not None:
+            text = f"signed by the key of {before} again: one person approves once"
             yield Finding("approvals", f"{approval.file}: {text}")
-        signers.setdefault(approval.who, approval.file)
+        else:
+            approvers += 1
+        signers |= {approval.who: approval.file, approval.keyid: approval.file}
     wanted = max(policy.keys.approvals, trust.approvals)
-    if counted and len(signers) < wanted:
+    if counted and approvers < wanted:
         who = policy.name if wanted == policy.keys.approvals else "your trust file"
-        yield Finding("approvals", f"{who} wants {wanted} approvals, here are {len(signers)}")
+        yield Finding("approvals", f"{who} wants {wanted} approvals, here are {approvers}")
     if not policy.keys.distinct:
         return
     yield from _check_pinned(policy, trust)
-    for one in (statements.test, statements.summary):
-        if one is not None and one.who in signers:
-            text = f"signed by the key of {signers[one.who]}: {policy.name} wants another person in each role"
-            yield Finding("roles", f"{one.file}: {text}")
-        elif one is not None:
-            signers[one.who] = one.file
+    others = [(one.file, {one.who, one.keyid}) for one in (statements.test, statements.summary) if one is not None]
+    others += [(COUNTERSIGNATURE, {witness})] if witness is not None else []
+    for file, names in others:
+        taken = sorted(names & signers.keys())
+        if taken:
+            text = f"signed by the key of {signers[taken[0]]}: {policy.name} wants another person in each role"
+            yield Finding("roles", f"{file}: {text}")
+        signers |= dict.fromkeys(names - signers.keys(), file)
 
 
 def _check_pinned(policy: Policy, trust: Trust) -> Iterator[Finding]:

@@ -51,17 +51,21 @@ def load_public_key(path: Path) -> Key:
     return key
 
 
-def read_key_event(path: Path, keys: Sequence[Key]) -> KeyEvent | None:
-    """A rotation or revocation statement, signed by one of `keys`; None where it is about a key outside `keys`, which
-    nothing depends on. Raises FormatError, or SignatureError where it is about one of `keys` but none of them signed.
+def read_key_event(path: Path, keys: Sequence[Key], *, unpinned: bool = False) -> KeyEvent | None:
+    """A rotation or revocation statement, signed by one of `keys`; None where it is about a key outside `keys`.
+
+    `unpinned`: then it counts all the same, unproven, for that key may sign by a certificate. It can only take away,
+    and the file is the verifier's own. Raises FormatError, or SignatureError where it is about one of `keys` but none
+    of them signed.
     """
     data, where = read_bytes(path), str(path)
     kind, subjects, predicate = parse_statement(read_envelope(data, where)[0], where)
     if kind not in (REVOCATION, ROTATION) or len(subjects) != 1:
         raise FormatError(f"{where}: neither a revocation nor a rotation of one key")
-    if next(iter(subjects)) not in {key.keyid for key in keys}:
+    if next(iter(subjects)) in {key.keyid for key in keys}:
+        verify_envelope(data, where, keys)
+    elif not unpinned:
         return None
-    verify_envelope(data, where, keys)
     fields = {"time", "reason"} | ({"successor"} if kind == ROTATION else set())
     if set(predicate) != fields or not all(isinstance(value, str) for value in predicate.values()):
         raise FormatError(f"{where}: predicate: expected {', '.join(sorted(fields))}")

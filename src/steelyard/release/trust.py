@@ -178,7 +178,9 @@ def load_trust(path: Path) -> Trust:
             raise document.located(("withdrawal", "quorum"), f"must be at most {len(loaded)}, the number of signers")
         withdrawal = Withdrawal(loaded, file.withdrawal.quorum)
     every = [*withdrawal.signers, *(key for role in ROLES for key in keys[role])]
-    events = [read_key_event(_place(document, folder, "revocations", name), every) for name in file.revocations]
+    events = [
+        read_key_event(_place(document, folder, "revocations", name), every, unpinned=True) for name in file.revocations
+    ]
     return Trust(
         **keys,
         approvals=file.approvals,

@@ -39,6 +39,7 @@ from steelyard.release.checks_statements import (
     check_summary,
     check_test_result,
     read_statements,
+    read_witness,
 )
 from steelyard.release.claims import check_claims
 from steelyard.release.commitment import check_commitment
@@ -142,7 +143,7 @@ def trust_of(
     else:
         found = trust if isinstance(trust, Trust) else load_trust(Path(trust))
     every = [key for role in ROLES for key in found.keys(role)]
-    events = [event for file in revocations if (event := read_key_event(Path(file), every)) is not None]
+    events = [event for file in revocations if (event := read_key_event(Path(file), every, unpinned=True)) is not None]
     held = load_policy(policy) if policy is not None else found.policy
     return replace(found, policy=held, events=(*found.events, *events))
 
@@ -201,7 +202,9 @@ def examine(
             _examine_contents(work, files, statements, known, evidence, progress)
             if replay and not work.findings:
                 _replay(work, evidence, replay, progress)
-    if withdrawn is not None:
+    if withdrawn is None:
+        work.seen.append(("withdrawal list", "NOT CHECKED: none was given (--list)"))
+    else:
         from steelyard.release.withdrawal import check_withdrawn
 
         weights = "" if known is None else known.weights
@@ -243,7 +246,9 @@ def _examine_contents(
         work.findings += found
         work.known |= {"policy": policy.digest, "countersigned": committed is not None}
         work.findings += check_keys(statements, policy, work.trust)
-        work.findings += check_people(statements, policy, work.trust, counted=work.stage in ("approved", "sealed"))
+        witness = read_witness(work.folder) if committed is not None else None
+        counted = work.stage in ("approved", "sealed")
+        work.findings += check_people(statements, policy, work.trust, counted=counted, witness=witness)
         work.findings += check_order(statements, evidence, committed, work.now)
         # Without a root there is a finding already; what the test-result says of it is then not held against it.
         root = root or ("" if statements.test is None else statements.test.subjects.get("oms", ""))

@@ -197,7 +197,9 @@ def check_withdrawn(
     if findings:
         return findings  # nothing that it says is believed
     faults = check_time(signed, now)
-    faults += check_seen(signed, trust, state, now, keep=not faults)
+    # Also a list whose end is over was signed: whoever has seen it believes no earlier one.
+    keep = all(fault.code == "list-expired" for fault in faults)
+    faults += check_seen(signed, trust, state, now, keep=keep)
     return [*withdrawn(signed, manifest, weights), *faults]
 
 
