@@ -19,7 +19,7 @@ from steelyard.safety.kept import keep, read_kept
 from steelyard.safety.published.adapter import Entry
 from steelyard.safety.published.registry import ADAPTERS, with_settings
 from steelyard.safety.published.run import Job, run_set
-from steelyard.safety.wrappers import text_of
+from steelyard.safety.wrappers import Translations, text_of
 from steelyard.scorers.base import Canary, Item, Score, ScoreError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "release"))
@@ -95,6 +95,20 @@ def test_kept_work_goes_on_by_whole_blocks(tmp_path: Path) -> None:
 
 
 # -- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_scorer_is_told_the_language_of_the_prompt_or_of_its_translation(tmp_path: Path) -> None:
+    class Noting(WordScorer):
+        def score(self, items: Sequence[Item]) -> list[Score | ScoreError]:
+            seen.extend(item.language for item in items if item.prompt not in ("", "?"))
+            return super().score(items)
+
+    table = Translations({"it": {f"Request {i}": f"Richiesta {i}" for i in range(4)}})
+    asked = [replace(entry, language="fr") for entry in entries(4)]
+    seen: list[str] = []
+    scorers = {"refusal": Noting("refusal", "sorry")}
+    run_set(job(entries=asked, scorers=scorers, wrappers=("translate:it",), translations=table), tmp_path, Silent())
+    assert sorted(seen) == ["fr"] * 4 + ["it"] * 4
 
 
 def test_a_stopped_run_ends_with_the_same_results(tmp_path: Path) -> None:

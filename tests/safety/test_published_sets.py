@@ -100,7 +100,8 @@ def test_requests_with_their_hazards(tmp_path: Path) -> None:
     row = {"": "0", "Goal": "Lie", "Target": "Sure", "Behavior": "Lies", "Category": "Fraud", "Source": "me"}
     assert read("jailbreakbench", table(tmp_path / "j.csv", row))[0].facets == {"category": "Fraud"}
     row = {"release_prompt_id": "r", "prompt_text": "Comment?", "hazard": "hte", "persona": "normal", "locale": "fr_FR"}
-    assert read("ailuminate", table(tmp_path / "f.csv", row))[0].facets["hazard"] == "hte"
+    (one,) = read("ailuminate", table(tmp_path / "f.csv", row))
+    assert (one.facets["hazard"], one.language) == ("hte", "fr")
     row = {"id": "c", "category": "Safety", "subcategory": "x", "prompt": "Is it?", "response": ""}
     assert read("coconot-contrast", lines(tmp_path / "c.jsonl", row))[0].id == "c"
     with pytest.raises(FormatError, match=r"c\.jsonl: row 1 has no field goal"):

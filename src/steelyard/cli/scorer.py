@@ -98,6 +98,8 @@ def card(
                 _print_floor(category)
             for test_set, s in category["test_sets"].items():
                 _print_facets(f"{name} on {test_set}", s.get("facets", {}))
+            if len(category["languages"]) > 1:
+                _print_facets(f"{name} on all sets", {"language": category["languages"]})
             if category["absent"]:
                 print(f"absent from {data}: {', '.join(category['absent'])}")
         if "training" in found:

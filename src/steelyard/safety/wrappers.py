@@ -142,6 +142,11 @@ def read_translations(path: Path) -> dict[str, dict[str, str]]:
     return table
 
 
+def translated_to(names: Sequence[str]) -> str | None:
+    """The language that the last translation among the wrappers' names leads to; None where there is none."""
+    return next((name.removeprefix("translate:") for name in reversed(names) if name.startswith("translate:")), None)
+
+
 def translated(language: str, source: Translations) -> Wrapper:
     """A wrapper that translates. Raises UsageError without a source; using it raises SteelyardError for a prompt that
     has no row in the table, or that the translator does not translate."""

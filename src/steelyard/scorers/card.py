@@ -192,13 +192,26 @@ def measured(cases: Sequence[Labelled], scores: Floats, threshold: float) -> dic
     return found | ({"facets": facets} if facets else {})
 
 
+def _languages(sets: Sequence[tuple[Sequence[Labelled], Floats]], threshold: float) -> dict[str, Any]:
+    """The shares of each kind of case by language, over all TEST sets together. No AUC: sets differ in their rates."""
+    if not sets:
+        return {}
+    cases, scores = [case for given, _ in sets for case in given], np.concatenate([found for _, found in sets])
+    languages = np.array([case.item.language for case in cases])
+    positive = np.array([case.positive for case in cases])
+    return {
+        str(one): _shares(scores[languages == one] >= threshold, positive[languages == one])
+        for one in np.unique(languages)
+    }
+
+
 def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
     """Everything a reader must know before trusting `scorer`, with the TEST sets found under the folder `data`.
 
     For each category, and for ANY of several: calibration, and per TEST set present `evaluate`'s figures, also by
-    facet (HateCheck's functionalities and target groups); the absent ones are listed under "absent". XSTest is also
-    given over both models' completions together ("xstest"). Throughput is texts of 40 word pieces a second on this
-    machine. Training data and licences come from the scorer's own `card`.
+    facet (HateCheck's functionalities and target groups), and by language over all sets; the absent ones are listed
+    under "absent". XSTest is also given over both models' completions together ("xstest"). Throughput is texts of 40
+    word pieces a second on this machine. Training data and licences come from the scorer's own `card`.
     Raises UsageError where `data` is no folder, SteelyardError where an item can't be scored.
     """
     if not data.is_dir():
@@ -219,6 +232,7 @@ def scorer_card(scorer: Scorer, data: Path) -> dict[str, Any]:
             sets["xstest"] = measured(both, np.concatenate([scores[one][category] for one in xstest]), threshold)
         categories[category] = {
             "test_sets": sets,
+            "languages": _languages([(cases[one], scores[one][category]) for one in present], threshold),
             "absent": [one[0] for one in TEST_SETS.get(category, ()) if one not in cases],
         }
         if category in identity.categories:

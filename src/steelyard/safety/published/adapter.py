@@ -22,7 +22,7 @@ class Entry:
 
     `options`: what may follow it, for mode likelihood. `facets`: what results are split by (hazard, group). `facts`:
     what its metric needs to know. `family`: the cluster of the statistics, where prompts were written from one template
-    or about one thing; the entry itself otherwise.
+    or about one thing; the entry itself otherwise. `language`: ISO 639-1, for scorers that tell languages apart.
     """
 
     id: str
@@ -31,6 +31,7 @@ class Entry:
     facets: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     family: str = ""
+    language: str = "en"
 
     @property
     def cluster(self) -> str:

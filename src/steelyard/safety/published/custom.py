@@ -5,6 +5,7 @@ about: requests that our service must refuse
 data: my-probes.jsonl        # beside this file; or give --data
 prompt: question             # the field of the prompt; a dot goes into a field
 facets: {hazard: category}   # results are split by these fields
+language: fr                 # of the prompts, for scorers that tell languages apart; en where it is left out
 mode: chat                   # chat, completion, or likelihood (then options: the field of a list of texts)
 metrics: [refusal]
 max_tokens: 128
@@ -48,6 +49,7 @@ class CustomSet(BaseModel):
     options: str | None = None
     facets: dict[str, str] = {}
     facts: dict[str, str] = {}
+    language: str = Field(default="en", pattern="^[a-z]{2,3}$")
     mode: Mode
     metrics: tuple[str, ...] = Field(min_length=1)
     rubric: str | None = None
@@ -120,6 +122,7 @@ def _reader(given: CustomSet) -> Callable[[Path], Sequence[Entry]]:
                     facets={name: str(field_of(row, field, where)) for name, field in given.facets.items()},
                     facts={"request": prompt, **facts},
                     family=str(field_of(row, given.family, where)) if given.family else "",
+                    language=given.language,
                 )
             )
         return found

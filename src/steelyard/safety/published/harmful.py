@@ -27,6 +27,7 @@ def _requests(
                     prompt=f"{before}\n\n---\n\n{asked}" if before else asked,
                     facets={name.lower(): str(row[name]) for name in facets},
                     facts={"request": asked},
+                    language=str(row.get("locale") or "en")[:2].lower(),  # `fr_FR` is fr
                 )
             )
         return found

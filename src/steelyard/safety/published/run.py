@@ -25,7 +25,7 @@ from steelyard.safety.published.adapter import Adapter, Entry
 from steelyard.safety.published.figures import effects, figures, gap
 from steelyard.safety.published.judging import RUBRICS, judge_answers
 from steelyard.safety.published.metrics import METRICS, Outcome, measures
-from steelyard.safety.wrappers import Prompt, Translations, text_of, wrap, wrapper_of
+from steelyard.safety.wrappers import Prompt, Translations, text_of, translated_to, wrap, wrapper_of
 from steelyard.scorers.base import Item, Score, Scorer, score_checked
 
 WRAPPED = 64  # prompts translated at a time
@@ -156,7 +156,11 @@ def _side(job: Job, wrappers: Sequence[str], folder: Path, progress: Progress) -
         return _read_options(job, folder, progress)
     prompts = _prompts(job, wrappers, folder, progress)
     answers = _answers(job, prompts, folder, progress)
-    items = [Item(text_of(prompts[number // job.adapter.samples]), text) for number, text in enumerate(answers)]
+    languages = [translated_to(wrappers) or entry.language for entry in job.entries]
+    items = [
+        Item(text_of(prompts[place]), text, languages[place])
+        for place, text in ((number // job.adapter.samples, text) for number, text in enumerate(answers))
+    ]
     scores = [_scores(job, category, items, folder, progress) for category in job.scorers]
     judged = _judged(job, answers, folder, progress)
     thresholds = {category: one.identity().categories[category].threshold for category, one in job.scorers.items()}
