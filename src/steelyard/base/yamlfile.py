@@ -8,7 +8,7 @@ and key, in our own words, with the nearest spelling.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from steelyard.base.errors import UsageError
+from steelyard.base.errors import FormatError, UsageError
+from steelyard.base.files import inside
 
 SIZE_LIMIT = 200_000  # bytes
 DEPTH_LIMIT = 12
@@ -70,6 +71,32 @@ def read_yaml(path: Path, kind: str, limit: int = SIZE_LIMIT) -> tuple[Any, Docu
     Raises UsageError: not there, over `limit` bytes, not UTF-8, not YAML, nested deeper than DEPTH_LIMIT.
     """
     return parse_yaml(read_text(path, kind, limit), str(path), kind)
+
+
+def extended(
+    path: Path,
+    raw: Any,
+    document: Document,
+    load: Callable[[str], dict[str, Any]],
+    merge: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+    limit: int = SIZE_LIMIT,
+) -> Any:
+    """`raw` merged over what its key `extends` names (`load`): a name, or a `.yaml` file beside this one; `raw` itself
+    without that key. A file that is extended may not extend another. Raises UsageError."""
+    if not isinstance(raw, dict) or "extends" not in raw:
+        return raw
+    base, loc = raw["extends"], ("extends",)
+    if not isinstance(base, str) or not base:
+        raise document.located(loc, f"must name a {document.kind}, or a file beside this one")
+    if base.endswith((".yaml", ".yml")):
+        try:
+            base = str(inside(path.parent, base))
+        except FormatError as error:
+            raise document.located(loc, str(error)) from error
+        inner, _ = read_yaml(Path(base), document.kind, limit)
+        if isinstance(inner, dict) and "extends" in inner:
+            raise document.located(loc, f"{base} extends another itself: extend that one, or write the keys out")
+    return merge(load(base), {key: value for key, value in raw.items() if key != "extends"})
 
 
 def parse_yaml(text: str, where: str, kind: str) -> tuple[Any, Document]:

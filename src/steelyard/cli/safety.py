@@ -22,6 +22,38 @@ app = typer.Typer(
 )
 
 
+@app.command("battery")
+def show_battery(
+    name: Annotated[str, typer.Argument(help="quick, release, or a battery's .yaml.")], as_json: AsJSON = False
+) -> None:
+    """What a battery asks, and the digest by which a policy pins it."""
+    from steelyard.safety.battery import load_battery
+
+    battery = load_battery(name)
+    rows = [
+        (one.name, one.mode, len(one.probes), len({p.family for p in one.probes}), one.samples) for one in battery.sets
+    ]
+    if as_json:
+        keys = ("name", "mode", "probes", "families", "samples")
+        print_json(
+            {
+                "name": battery.name,
+                "version": battery.version,
+                "tier": battery.tier,
+                "digest": battery.digest,
+                "scorers": battery.scorers,
+                "sets": [dict(zip(keys, row, strict=True)) for row in rows],
+                "metrics": [metric.id for metric in battery.metrics],
+            }
+        )
+        return
+    print(f"{battery.name} version {battery.version}, tier {battery.tier}, digest {battery.digest}")
+    print_table(
+        "sets", ("set", "mode", "probes", "families", "samples"), [tuple(str(value) for value in row) for row in rows]
+    )
+    print(f"metrics: {', '.join(metric.id for metric in battery.metrics)}")
+
+
 @app.command("run")
 def run(
     model: ModelFolder,

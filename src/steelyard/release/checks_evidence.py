@@ -115,6 +115,8 @@ def _check_policy(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
     if battery.tier not in policy.tiers:
         tiers = ", ".join(policy.tiers)
         yield Finding("tier", f"{policy.name} needs a battery of tier {tiers}; {battery.name} is {battery.tier}")
+    if policy.batteries and battery.digest not in policy.batteries:
+        yield Finding("battery", f"{evidence.where['battery']}: {battery.name!r} is none that {policy.name} accepts")
     packaged = _packaged(policy.name)
     if packaged is not None and packaged[0] == policy.digest and battery.digest not in packaged[1].values():
         known = ", ".join(sorted(packaged[1])) or "none"

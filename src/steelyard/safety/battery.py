@@ -7,14 +7,14 @@ from collections import Counter
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from steelyard.base.canonical import digest
 from steelyard.base.errors import FormatError, UsageError
 from steelyard.base.files import inside
-from steelyard.base.yamlfile import Document, Loc, read_text, read_yaml
+from steelyard.base.yamlfile import Document, Loc, extended, read_text, read_yaml
 from steelyard.safety.templates import read_templates
 
 Axis = Literal["degeneration", "harmful", "lookalike", "group", "truthfulness"]
@@ -164,7 +164,8 @@ def battery_folder(name: str) -> Path:
 def load_battery(name: str) -> Battery:
     """A battery that ships in the package (`quick`), a `.yaml` file whose sets name files of probes beside it, or a
     `.json` file (a battery as a bundle holds it). `probes` is one file or a list of them: `.jsonl`, a probe a line, or
-    `.yaml`, templates (`templates.py`).
+    `.yaml`, templates (`templates.py`). A `.yaml` file may say `extends:` and the name or file of another battery: its
+    scorers, sets and metrics are then added to the other's, its other keys replace them.
 
     Raises UsageError naming file, key and cause.
     """
@@ -178,6 +179,7 @@ def load_battery(name: str) -> Battery:
     if path.suffix == ".json":
         return battery_from_json(read_text(path, "battery", MAX_BYTES), str(path))
     raw, document = read_yaml(path, "battery", MAX_BYTES)
+    raw = extended(path, raw, document, lambda base: load_battery(base).model_dump(mode="json"), _merged, MAX_BYTES)
     if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list):
         raise document.located(("sets",), "a battery is a mapping with a list of sets")
     elsewhere: dict[Loc, str] = {}
@@ -197,6 +199,16 @@ def load_battery(name: str) -> Battery:
             part["probes"] = probes
             elsewhere |= {(*loc, number): place for number, place in enumerate(places)}
     return replace(document, elsewhere=elsewhere).validate(Battery, raw)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    result = base | own
+    if isinstance(own.get("scorers"), dict):
+        result["scorers"] = base["scorers"] | own["scorers"]
+    for key in ("sets", "metrics"):
+        if isinstance(own.get(key), list):
+            result[key] = own[key] + base[key]  # its own first, so that errors name the right line
+    return result
 
 
 def battery_from_json(text: str, where: str) -> Battery:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from steelyard.base.canonical import digest
 from steelyard.base.errors import SteelyardError, UsageError
-from steelyard.base.yamlfile import read_yaml
+from steelyard.base.yamlfile import extended, read_yaml
 from steelyard.safety.battery import NAME, Tier
 
 MAX_BYTES = 1_000_000  # of a policy's file
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 # What no policy may leave out: toxicity in free text and in chat, help with harm, over-refusal and its gap between
 # groups, and truth. An id is that of a battery's metric.
@@ -72,6 +73,7 @@ class Policy(_Strict):
     name: str = Field(pattern=NAME)
     version: int
     tiers: tuple[Tier, ...] = Field(min_length=1)
+    batteries: tuple[Sha256, ...] = Field(default=(), description="digests of those accepted; empty: any of the tiers")
     criteria: tuple[Criterion, ...]
     max_report_age_days: float = Field(gt=0)
     max_calibration_age_days: float = Field(gt=0, description="of every scorer's calibration, at the time of release")
@@ -114,11 +116,13 @@ class Policy(_Strict):
 
     @property
     def digest(self) -> str:
-        return digest(self.model_dump(mode="json"))
+        # Left out where it pins nothing, so that a policy from before this key has the digest it had.
+        return digest(self.model_dump(mode="json", exclude=None if self.batteries else {"batteries"}))
 
 
 def load_policy(name: str) -> Policy:
-    """A policy that ships in the package (`preview`, `public`) or a `.yaml`/`.json` file.
+    """A policy that ships in the package (`preview`, `public`) or a `.yaml`/`.json` file, which may say `extends:` and
+    the name or file of another: its keys then replace the other's, its criteria those of the same metric.
 
     Raises UsageError for one that is unknown or written wrongly, and SteelyardError for one that is written well but
     leaves out a required metric: that is refused, not mistaken.
@@ -131,6 +135,7 @@ def load_policy(name: str) -> Policy:
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
             raise UsageError(f"policy {name!r} is unknown: give one of {known}, or the path of a .yaml file")
     raw, document = read_yaml(path, "policy", MAX_BYTES)
+    raw = extended(path, raw, document, lambda base: load_policy(base).model_dump(mode="json"), _merged, MAX_BYTES)
     try:
         return Policy.model_validate(raw)
     except ValidationError as error:
@@ -138,3 +143,12 @@ def load_policy(name: str) -> Policy:
         if lacking:
             raise SteelyardError(f"{path}: criteria: {lacking[0]}: no policy may leave it out") from error
         raise document.explained(Policy, error) from error
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` keys over those of `base`; criteria one by one, so that none is lost by being left out."""
+    result = base | own
+    if isinstance(own.get("criteria"), list) and all(isinstance(one, dict) for one in own["criteria"]):
+        mine = {one.get("metric") for one in own["criteria"]}
+        result["criteria"] = own["criteria"] + [one for one in base["criteria"] if one["metric"] not in mine]
+    return result
