@@ -101,6 +101,20 @@ def test_from_a_proposal_to_everyone_who_verifies(chain: Chain, tmp_path: Path) 
     refused(check(chain, "--list", before, code=1), "list-rollback")
 
 
+def test_the_list_that_the_trust_file_names_is_asked_without_an_option(chain: Chain) -> None:
+    trust = json.loads((chain.root / "trust.yaml").read_text())
+    trust["withdrawal"] |= {"list": "withdrawn.json", "name": "example"}
+    (chain.root / "trust.yaml").write_text(json.dumps(trust))
+    refused(check(chain, code=1), "list", "withdrawn.json")  # there is none yet: nobody knows
+    withdraw(chain, "--refresh", "--name", "example", "--key", "dora", "--key", "bob")
+    check(chain, code=0)
+    withdraw(chain, bundle(chain), "--reason", "toxic", "--key", "dora", "--key", "bob")
+    refused(check(chain, code=1), "withdrawn", "toxic")
+    trust["withdrawal"]["name"] = "another"
+    (chain.root / "trust.yaml").write_text(json.dumps(trust))
+    refused(check(chain, code=1), "list-name", "your trust file asks for 'another'")
+
+
 def test_one_person_withdraws_by_name_with_one_key(chain: Chain) -> None:
     begin = ["tiny", "--reason", "a fault", "--key", "me", "--name", "mine", "--expires", "12h"]
     done = withdraw(chain, *begin, trust=False)

@@ -18,6 +18,7 @@ _NEEDED_FOR = {
     "numpy": ("core", "everything"),
     "scipy": ("core", "bounds"),
     "securesystemslib": ("core", "signatures"),
+    "model_signing": ("core", "the OpenSSF model signature"),
     "sqlalchemy": ("core", "the ledger"),
     "torch": ("models", "importing, generating, scoring, replay"),
     "tokenizers": ("models", "importing, generating, the gate"),
@@ -46,6 +47,8 @@ def doctor(as_json: AsJSON = False) -> None:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "disk_free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
+        # Checks our statements as well; nothing here needs it.
+        "cosign": shutil.which("cosign") or "not installed (only to check statements with another tool)",
         **_accelerator(),
     }
     if as_json:

@@ -280,7 +280,8 @@ def _print_verification(bundle: Path, result: Verification, *, as_json: bool) ->
     if as_json:
         print_json(result.model_dump(mode="json"))
         return
-    print_table(str(bundle), ("what", "value"), result.seen)
+    said = "value" if result.ok else "what it says of itself: claimed, not verified"
+    print_table(str(bundle), ("what", said), result.seen)
     for finding in result.findings:
         print(one_line(f"{finding.code}: {finding.message}"))
     print("VERIFIED" if result.ok else "NOT VERIFIED")

@@ -9,7 +9,8 @@
     releasers: [{certificate_authority: root.pem, identity: dora@example.org}]   # or a key
     witnesses: [eve.pub.pem]
     timestamp_authorities: [tsa-root.pem]
-    withdrawal: {signers: [dora.pub.pem, bob.pub.pem], quorum: 2}
+    withdrawal: {signers: [dora.pub.pem, bob.pub.pem], quorum: 2,
+                 list: "https://example.org/withdrawn.json", name: models}
     revocations: [x.revocation.dsse.json]
 
 With public keys alone (`one_key`) each of them may hold every role; that is enough only for a policy that does not ask
@@ -77,6 +78,8 @@ class _Who(_Strict):
 class _Withdrawal(_Strict):
     signers: tuple[str, ...] = Field(min_length=1, max_length=MAX_KEYS)
     quorum: int = Field(ge=1, le=MAX_KEYS)
+    list: str | None = Field(default=None, min_length=1, max_length=2000)
+    name: str | None = Field(default=None, min_length=1, max_length=200)
 
 
 class _TrustFile(_Strict):
@@ -94,10 +97,13 @@ class _TrustFile(_Strict):
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """Who may withdraw a release: `quorum` of the `signers`. Nobody, where there are none."""
+    """Who may withdraw a release: `quorum` of the `signers`. Nobody, where there are none. `source`: the list (a file
+    or an https URL) that every verification asks; `name`: what it must be called. None: whatever is given."""
 
     signers: tuple[Key, ...] = ()
     quorum: int = 0
+    source: Path | str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ def load_trust(path: Path) -> Trust:
         loaded = tuple(_keys(document, folder, "withdrawal", signers, until, "signers"))
         if file.withdrawal.quorum > len(loaded):
             raise document.located(("withdrawal", "quorum"), f"must be at most {len(loaded)}, the number of signers")
-        withdrawal = Withdrawal(loaded, file.withdrawal.quorum)
+        withdrawal = Withdrawal(loaded, file.withdrawal.quorum, _source(document, folder, file), file.withdrawal.name)
     every = [*withdrawal.signers, *(key for role in ROLES for key in keys[role])]
     events = [
         read_key_event(_place(document, folder, "revocations", name), every, unpinned=True) for name in file.revocations
@@ -201,6 +207,12 @@ def load_trust(path: Path) -> Trust:
 def _policy(document: Document, folder: Path, name: str) -> Policy:
     own = name.endswith((".yaml", ".yml", ".json"))
     return load_policy(str(_place(document, folder, "policy", name)) if own else name)
+
+
+def _source(document: Document, folder: Path, file: _TrustFile) -> Path | str | None:
+    """Where the list is: an address as it is written, a file beside the trust file."""
+    named = None if file.withdrawal is None else file.withdrawal.list
+    return named if named is None or "://" in named else _place(document, folder, "withdrawal", named)
 
 
 def _keys(

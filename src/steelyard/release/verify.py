@@ -111,7 +111,8 @@ def verify_bundle(
 
     `policy`: name, or .yaml/.json file, in the place of the trust file's; without either, the packaged one of the name
     that the bundle gives. `revocations` are signed statements, of keys revoked or rotated; `withdrawn` a signed list of
-    withdrawn releases (URL or file), `state` where the last one seen is remembered (None: in the user's data folder).
+    withdrawn releases (URL or file; without it, the one that the trust file names), `state` where the last one seen is
+    remembered (None: in the user's data folder).
     Raises SteelyardError only for what the caller gave: a key, policy, trust file, revocation or address of a list that
     cannot be read, a `path` that is no folder.
     """
@@ -202,8 +203,10 @@ def examine(
             _examine_contents(work, files, statements, known, evidence, progress)
             if replay and not work.findings:
                 _replay(work, evidence, replay, progress)
+    withdrawn = withdrawn or trust.withdrawal.source
     if withdrawn is None:
-        work.seen.append(("withdrawal list", "NOT CHECKED: none was given (--list)"))
+        text = "NOT CHECKED: none was given (--list, or withdrawal.list in the trust file)"
+        work.seen.append(("withdrawal list", text))
     else:
         from steelyard.release.withdrawal import check_withdrawn
 
@@ -270,7 +273,7 @@ def _examine_contents(
                 countersigned=committed is not None,
             )
     work.findings += check_shipped(work.folder, evidence)
-    work.seen += see_contents(evidence, subject, policy)
+    work.seen += see_contents(evidence, subject, policy, work.now)
 
 
 def _replay(work: _Work, evidence: Evidence, entries: int, progress: Progress) -> None:

@@ -194,6 +194,11 @@ def check_withdrawn(
     except SteelyardError as error:
         return [Finding("list", str(error))]
     findings = check_quorum(signed, trust)
+    if trust.withdrawal.name not in (None, signed.content.name):
+        text = (
+            f"{signed.where}: is the list {signed.content.name!r}, your trust file asks for {trust.withdrawal.name!r}"
+        )
+        findings.append(Finding("list-name", text))
     if findings:
         return findings  # nothing that it says is believed
     faults = check_time(signed, now)
