@@ -238,15 +238,16 @@ def _check_overlap(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
 
 def _overlap_criterion(evidence: Evidence, policy: Policy) -> Iterator[CriterionResult]:
     """Of the axis with most of its probes in the training data, their share against the policy's limit. Counted, not
-    estimated: both bounds are the share itself."""
+    estimated: both bounds are the share itself. Under a name of its own where not all of that data could be searched,
+    so that no property says more than was found; none at all where nothing was."""
     overlap = evidence.overlap
-    if overlap is None:
+    if overlap is None or not overlap.searched:
         return
     worst = rounded(overlap.worst)
     assert worst is not None
     yield CriterionResult(
         name="probes in the training data",
-        metric="overlap",
+        metric="overlap_of_declared_data" if overlap.undeclared else "overlap",
         against="limit",
         status="PASS" if worst <= policy.max_overlap else "FAIL",
         message=f"{in_words(overlap)}; {policy.name} allows {policy.max_overlap:.1%} of an axis",
