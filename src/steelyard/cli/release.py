@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steelyard.base.errors import UsageError
 from steelyard.cli.options import WORKSPACE, AsJSON, Keys, PassphraseFile, Workspace, existing_file, existing_folder
 from steelyard.cli.output import one_line, passphrase, print_decision, print_json, print_table
 
@@ -272,8 +271,6 @@ def verify(
     from steelyard.base.progress import default_progress
     from steelyard.release.verify import verify_bundle
 
-    if key and trust is not None:
-        raise UsageError("--key and --trust: give one of them; a trust file says who may do what")
     result = verify_bundle(
         bundle,
         keys=key or [],
