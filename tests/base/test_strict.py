@@ -1,4 +1,4 @@
-"""JSON from strangers is bounded and has one meaning, or is refused."""
+"""JSON from strangers is bounded and has one meaning, base64 one spelling; or it is refused."""
 
 import json
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 
 from steelyard.base.errors import FormatError
-from steelyard.base.strict import strict_json
+from steelyard.base.strict import strict_base64, strict_json
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,33 @@ def test_a_key_twice_among_many_is_found_at_once() -> None:
     with pytest.raises(FormatError, match="the key '49999' occurs twice"):
         strict_json(data, "x", limit=1_000_000)
     assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize(("text", "data"), [("AA==", b"\0"), ("+/8=", b"\xfb\xff"), ("YWJj", b"abc")])
+def test_base64_in_its_one_spelling(text: str, data: bytes) -> None:
+    assert strict_base64(text, "x") == data
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",  # nothing is no signature
+        None,
+        b"YWJj",
+        ["YWJj"],
+        "AA",  # no padding
+        "AA=",
+        "AAA",
+        "AB==",  # bits left over, as AA==
+        "-_8=",  # the alphabet of URLs
+        "YWJj\n",
+        "YW Jj",
+        "AA==AA==",
+        "YWJj====",
+        "YWJé",
+        "=",
+    ],
+)
+def test_base64_in_any_other_spelling_is_refused_by_place(text: object) -> None:
+    with pytest.raises(FormatError, match=r"^a place: not standard base64$"):
+        strict_base64(text, "a place")

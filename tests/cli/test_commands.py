@@ -183,6 +183,14 @@ def test_safety_report_makes_the_report_again(chain: Chain) -> None:
     assert "criteria of policy tight: INCONCLUSIVE" in table
 
 
+def test_a_release_without_a_licence_is_a_mistake_in_the_command(chain: Chain) -> None:
+    place = ("--model", chain.model, "--key", "me", "--policy", policy_file(chain.root), "--workspace", chain.root)
+    for verb in ("release", "attest"):
+        done = steelyard(verb, chain.run, chain.root / "out" / "tiny", *place, code=2)
+        assert "nobody states its licence: say --license ID" in done.err
+    assert not (chain.root / "out").exists()
+
+
 def test_release_and_what_a_stranger_sees(chain: Chain) -> None:
     decision = release(chain, code=0, more=["--json"]).json
     assert decision["verdict"] == "PASS"

@@ -38,7 +38,7 @@ def test_a_witness_reads_signs_and_the_same_command_goes_on(waiting: tuple[Chain
     chain, command = waiting
     paused = steelyard(*command, "--json").json
     commitment = chain.run / "commitment.json"
-    assert paused == {"paused": json.loads(commitment.read_bytes())["run"], "commitment": str(commitment)}
+    assert paused == {"paused": {json.loads(commitment.read_bytes())["run"]: str(commitment)}}
     sign = ("countersign", commitment, "--key", "witness", "--workspace", chain.root)
     unread = steelyard(*sign, code=2)
     assert "no terminal to ask on" in unread.err
@@ -61,6 +61,20 @@ def test_a_witness_reads_signs_and_the_same_command_goes_on(waiting: tuple[Chain
     steelyard(*command, "--witness", witness)
     assert load_report(chain.run / "report.json").findings == ()
     refused(steelyard(*command[:-1], code=1), "was started with --countersign: go on as it was started")
+
+
+def test_variants_wait_for_a_countersignature_of_their_own(waiting: tuple[Chain, Command]) -> None:
+    chain, command = waiting
+    sign = ("--key", "witness", "--workspace", chain.root, "--yes")
+    steelyard("countersign", chain.run, *sign)
+    variant = chain.run / "variants" / "f32"
+    said = steelyard(*command, "--variants", "f32").out
+    assert f"steelyard countersign {variant / 'commitment.json'} --key WITNESS" in said
+    assert (chain.run / "report.json").exists()
+    assert not (variant / "journal.jsonl").exists()
+    steelyard("countersign", variant, *sign)
+    assert "variant f32, subject" in steelyard(*command, "--variants", "f32").out
+    assert load_report(variant / "report.json").findings == ()
 
 
 def test_an_authority_stamps_it_instead(waiting: tuple[Chain, Command]) -> None:

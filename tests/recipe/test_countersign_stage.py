@@ -47,7 +47,7 @@ def test_a_recipe_waits_for_its_countersignature_and_goes_on(place: Path) -> Non
     more = "countersign: true, witnesses: [keys/witness.pub.pem]"
     with pytest.raises(Paused) as caught:
         go(more)
-    commitment = caught.value.commitment
+    [commitment] = caught.value.waiting.values()
     with Ledger(WORK / "ledger.sqlite") as ledger:
         assert [event.payload["status"] for event in ledger.events("run.finished")] == ["paused"]
     signer = load_signer(Path("keys"), "witness", PASSPHRASE)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from killing import Killable
 from scenario import Chain, make_battery, make_policy
 
 Once = Callable[[str, Callable[[Path], object]], Path]
@@ -45,3 +46,11 @@ def bundle_copy(released: tuple[Chain, Path], tmp_path: Path) -> Callable[[], Pa
         return Path(shutil.copytree(released[1], tmp_path / "bundle"))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def killable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killable]:
+    running = Killable(tmp_path_factory.mktemp("killable"))
+    yield running
+    running.process.kill()
+    running.process.wait()

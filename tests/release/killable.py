@@ -25,7 +25,7 @@ import steelyard.release.publish_folder
 import steelyard.release.publish_hub
 import steelyard.release.verify
 
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+EVENTS = {"open", "os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir"}
 
 
 def child(request: dict[str, Any]) -> None:

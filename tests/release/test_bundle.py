@@ -10,12 +10,14 @@ import pytest
 from scenario import PASSPHRASE, TEMPLATE, Chain, edit_json, make_policy
 
 from steelyard.base.canonical import merkle_root
-from steelyard.base.errors import FormatError, SteelyardError
+from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.model.identity import subject_of
 from steelyard.release import bundle as bundle_module
 from steelyard.release import writing
 from steelyard.release.keys import load_signer, new_key
 from steelyard.release.layout import MANIFEST, SIGNING, read_manifest
+from steelyard.release.refused import Refused
+from steelyard.release.writing import About
 
 
 def test_a_bundle_is_the_model_and_what_proves_its_test(released: tuple[Chain, Path]) -> None:
@@ -40,6 +42,22 @@ def test_a_bundle_is_the_model_and_what_proves_its_test(released: tuple[Chain, P
     card = (bundle / "README.md").read_text()
     assert chain.policy.digest[:16] in card or "`lenient`" in card
     assert "toxicity.degeneration" in card
+
+
+def test_a_licence_that_nobody_states_is_asked_for_before_the_gate(chain: Chain) -> None:
+    for write in (chain.bundle, lambda **more: chain.candidate(by="me", **more)):
+        with pytest.raises(UsageError, match="nobody states its licence: say --license ID"):
+            write(about=About())
+    with chain.ledger() as ledger:
+        assert ledger.events("release.decided") == []
+    assert not [path for name in ("releases", "candidates") for path in (chain.root / name).glob("*")]
+    # The model's own card is enough; of a run that cannot be read the gate is asked first.
+    (chain.model / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    assert "license: mit" in (chain.bundle(about=About()) / "README.md").read_text()
+    (chain.model / "README.md").unlink()
+    (chain.run / "journal.jsonl").write_text("nothing\n")
+    with pytest.raises(Refused, match=r"journal\.jsonl"):
+        chain.bundle(chain.root / "releases" / "other", about=About())
 
 
 def test_the_manifest_lists_every_other_file(released: tuple[Chain, Path]) -> None:

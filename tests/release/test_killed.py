@@ -1,23 +1,30 @@
-"""kill -9 at 20 random moments from a test to a release: nothing half-written verifies, and a rerun completes."""
+"""kill -9 at random moments from a test to a release, and of an approval alone: nothing half-written verifies, and a
+rerun completes."""
 
 from __future__ import annotations
 
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from scenario import DISTINCT, Chain, make_battery, make_policy
+from killing import Killable
+from scenario import DISTINCT, PASSPHRASE, Chain, make_battery, make_policy
 
 from steelyard.release.layout import APPROVALS, MANIFEST, MODEL_SIGNATURE, SUMMARY, TEST_RESULT
-from steelyard.release.verify import verify_bundle
+from steelyard.release.trust import load_trust
+from steelyard.release.verify import examine, verify_bundle
 
 KILLS = 20
+OF_AN_APPROVAL = 6
 OWN = make_policy(keys=DISTINCT)
 # Whatever is there already is gone on with, as people would.
 WAY = f"""
@@ -86,13 +93,19 @@ def check(chain: Chain) -> None:
         assert not [path for path in (candidate / "steelyard").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(once: Callable[[str, Callable[[Path], object]], Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def made(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A countersigned run and everybody's keys; nothing attested yet. Read only."""
+
     def make(folder: Path) -> None:
         chain = Chain.build(folder / "root", policies=[OWN], witness="eve")
         chain.people()
 
-    made = once("killed", make) / "root"
+    return once("killed", make) / "root"
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "whole")
     process, begun = start(tmp_path / "whole"), time.monotonic()
     assert go(process, None)
@@ -114,3 +127,56 @@ def test_killed_at_random_moments(once: Callable[[str, Callable[[Path], object]]
     assert go(start(chain.root), None)
     check(chain)
     assert verify_bundle(chain.root / "sealed" / "tiny", trust=chain.keys / "trust.yaml").ok
+
+
+def test_an_approval_killed_is_whole_or_not_there(killable: Killable, made: Path, tmp_path: Path) -> None:
+    """Before each change that it makes to the disk, and at random moments."""
+    chain = Chain(made, make_battery(), (OWN,)).copy(tmp_path / "chain")
+    candidate, trust = chain.candidate(), chain.keys / "trust.yaml"
+    whole = {path.name for path in (candidate / "steelyard").iterdir()}
+
+    def approve(target: Path, **how: Any) -> int:
+        place = ("--key", "bob", "--trust", trust, "--workspace", chain.root)
+        return killable.start("approve", target, *place, STEELYARD_PASSPHRASE=PASSPHRASE.decode(), **how)
+
+    def approved(target: Path) -> bool:
+        """Whether it has the approval: one that holds, and nothing besides."""
+        more = {path.name for path in (target / "steelyard").iterdir()} - whole
+        assert more <= {"approval-1.dsse.json"}
+        found = examine(target, trust=load_trust(trust), stage="candidate")
+        assert found.ok, found.findings
+        assert not verify_bundle(target, trust=trust).ok  # a candidate is no release yet
+        return bool(more)
+
+    def again(number: int) -> Path:
+        return Path(shutil.copytree(candidate, tmp_path / str(number) / "tiny"))
+
+    mark, begun = "/.tiny.", time.monotonic()
+    approve(again(0), watch=mark)
+    assert killable.end() == 0, killable.said()
+    needed, changes = time.monotonic() - begun, int(killable.said().rsplit("seen ", 1)[1])
+    assert changes >= 3  # the file beside the candidate is made, linked into it, removed
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}, {needed:.2f} s")
+    chance, seen = random.Random(seed), set[bool]()
+    for number in range(1, changes + OF_AN_APPROVAL + 1):
+        target = again(number)
+        if number <= changes:
+            approve(target, watch=mark, die=number)
+            assert killable.end() == -signal.SIGKILL
+        else:
+            process = approve(target)
+            time.sleep(chance.uniform(0, needed))
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            assert killable.end() in (0, -signal.SIGKILL)
+        there = approved(target)
+        seen.add(there)
+        approve(target)
+        # A second approval of one person is refused, so a rerun says that the first one is there.
+        assert killable.end() == int(there)
+        assert ("one person approves once" in killable.said().splitlines()[-1]) == there
+        assert approved(target)
+    assert seen == {False, True}
+    chain.approve(target, "carol")
+    assert verify_bundle(chain.seal(target), trust=trust).ok

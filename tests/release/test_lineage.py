@@ -14,7 +14,7 @@ from steelyard.ledger.ledger import Ledger
 from steelyard.recipe.runner import run_recipe
 from steelyard.release.evidence import Evidence, read_run
 from steelyard.release.licenses import License, parse_license
-from steelyard.release.lineage import Dataset, Lineage, _source, gather_lineage, read_card
+from steelyard.release.lineage import Dataset, Lineage, _source, check_license, gather_lineage, read_card
 from steelyard.safety.overlap import Overlap, Searched
 
 APACHE = parse_license("apache-2.0")
@@ -103,9 +103,14 @@ def test_a_base_model_whose_card_was_edited_states_nothing(made: Path, tmp_path:
     model, evidence, ledger = parts(copy)
     with ledger:
         stages = {event.payload["stage"]: event.payload for event in ledger.events("stage.finished")}
+        run = copy / stages["safety"]["path"]
+        check_license(model, run, ledger, None)
         (copy / stages["base"]["path"] / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
         with pytest.raises(UsageError, match="nobody states its licence"):
             gather_lineage(model, evidence, ledger)
+        with pytest.raises(UsageError, match="nobody states its licence"):
+            check_license(model, run, ledger, None)
+        check_license(model, run, ledger, APACHE)
 
 
 def test_a_model_that_no_recipe_made(built: Chain) -> None:

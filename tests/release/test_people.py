@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from authority import root, write_chain
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from cryptography.x509 import RFC822Name
 from scenario import DISTINCT, PASSPHRASE, Chain, make_battery, make_policy
@@ -191,6 +192,30 @@ def test_people_by_their_certificates(chain: Chain) -> None:
     assert any("whom you do not trust" in reason for reason in reasons(releasers=[pinned("frank")]))
     assert any("is trusted among" in reason for reason in reasons(releasers=[pinned("dora"), pinned("bob")]))
     assert any(reason.startswith(TEST_RESULT) for reason in reasons(evaluators=["carol.pub.pem"]))
+
+
+@pytest.mark.parametrize("flaw", ["another root", "a missing link"])
+def test_a_releaser_whose_chain_does_not_reach_the_pinned_root(chain: Chain, flaw: str) -> None:
+    authority, other = root(), root()  # of one name
+    authority.pem(chain.keys / "root.pem")
+    chain.people(releasers=[{"certificate_authority": "root.pem", "identity": "dora@example.org"}])
+    candidate = chain.candidate()
+    for name in ("bob", "carol"):
+        chain.approve(candidate, name)
+    whole = certified(chain, "dora", authority, "dora@example.org")
+    if flaw == "another root":
+        bad = certified(chain, "dora", other, "dora@example.org")
+    else:
+        own = x509.load_pem_x509_certificates((chain.keys / "dora.chain.pem").read_bytes())[0]
+        bad = Signing(write_chain(chain.keys / "short.pem", [own, authority.certificate]))
+    with pytest.raises(SteelyardError) as error:
+        chain.seal(candidate, how=bad)
+    for file in (SUMMARY, MODEL_SIGNATURE):
+        assert f"{file}: no chain from dora@example.org to the pinned" in str(error.value)
+    assert "the signer adds the certificates between the two (--certificates), or you pin the root" in str(error.value)
+    assert not list((chain.root / "sealed").glob("*"))
+    if flaw == "a missing link":  # with the link the same key seals it
+        assert verify(chain, chain.seal(candidate, how=whole)).ok
 
 
 def test_an_approver_with_two_keys_and_one_certified_name_is_one_person(chain: Chain) -> None:

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 from safety_fakes import FakeEndpoint, battery, job, policy, polite, subject
 
+from steelyard.base.canonical import sha256_hex
 from steelyard.base.errors import FormatError, UsageError
-from steelyard.inference.endpoint import Request
+from steelyard.base.progress import Progress, Silent
+from steelyard.inference.endpoint import Request, Sampling
 from steelyard.ledger.ledger import Ledger
+from steelyard.safety.journal import Countersigned, read_plan
+from steelyard.safety.pause import COMMITMENT, Paused
 from steelyard.safety.report import write_report
-from steelyard.safety.run import run_battery
-from steelyard.safety.variant_models import Variant, parse_variants
+from steelyard.safety.run import Tested, run_battery
+from steelyard.safety.variant_models import Variant, parse_variants, run_variants
 from steelyard.safety.variants import Made, load_comparison, write_note
 
 HOSTILE = "<script>alert(1)</script>\u202e | `x`"
@@ -37,6 +41,62 @@ def varied(tmp_path: Path) -> Path:
             run_battery(job(endpoint=endpoint, subject=its, **changes), out=folder, ledger=ledger)
     write_report(out)
     return out
+
+
+class Witness:
+    """Looks for what he has signed; what he signs is in `signed`."""
+
+    def __init__(self) -> None:
+        self.signed: set[Path] = set()
+
+    def __call__(self, folder: Path) -> Countersigned | None:
+        digest = sha256_hex((folder / COMMITMENT).read_bytes())
+        return Countersigned(commitment=digest, statement="a" * 64, timestamp=None) if folder in self.signed else None
+
+
+def test_no_variant_generates_before_its_own_commitment_is_countersigned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, witness, main, before = tmp_path / "run", Witness(), FakeEndpoint(), FakeEndpoint()
+    others = {"q4": FakeEndpoint(worse), "q8": FakeEndpoint()}
+
+    def opened(variant: Variant, model: Path, folder: Path, server_model: str, progress: Progress) -> Tested:
+        write_note(Made(name=variant.name, what="made for a test"), folder)
+        return Tested(others[variant.name], subject(variant.name.encode().hex() * 16), Sampling())
+
+    monkeypatch.setattr("steelyard.safety.variant_models.open_variant", opened)
+    asked = job(battery=battery(families=2, batch_size=64), endpoint=main, predecessor=before)
+    variants = tuple(Variant(name) for name in others)
+
+    def go() -> tuple[list[Path], list[int]]:
+        """One call of `steelyard safety run --countersign --variants`: what waits, and the batches generated so far."""
+        waiting, said = list[Path](), ""
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            try:
+                run_battery(asked, out=out, ledger=ledger, countersign=witness)
+                run_variants(asked, variants, tmp_path, out=out, ledger=ledger, progress=Silent(), countersign=witness)
+            except Paused as paused:
+                waiting, said = list(paused.waiting.values()), str(paused)
+        assert all(f"have {path} countersigned" in said for path in waiting)
+        return waiting, [one.batches for one in (main, before, *others.values())]
+
+    folders = [out / "variants" / name for name in others]
+    assert go() == ([out / COMMITMENT], [0, 0, 0, 0])
+    witness.signed.add(out)
+    waiting, batches = go()
+    whole = batches[0]
+    assert waiting == [folder / COMMITMENT for folder in folders]
+    assert batches == [whole, whole, 0, 0]
+    assert load_comparison(out) == ()
+    witness.signed.add(folders[1])  # one of the two: it goes on, the other still waits
+    assert go() == ([folders[0] / COMMITMENT], [whole, whole, 0, whole])
+    witness.signed.add(folders[0])
+    assert go() == ([], [whole] * 4)  # and the predecessor answered once for all
+    assert {one.name: one.findings for one in load_comparison(out)} == {"q4": (), "q8": ()}
+    for folder in folders:
+        countersigned = read_plan(folder / "journal.jsonl").countersigned
+        assert countersigned is not None
+        assert countersigned.commitment == sha256_hex((folder / COMMITMENT).read_bytes())
 
 
 @pytest.mark.parametrize(

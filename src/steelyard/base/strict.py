@@ -1,7 +1,9 @@
-"""JSON from strangers: the one reader of whatever a model folder, a bundle or a report brings along."""
+"""JSON and base64 from strangers: the one reader of whatever a model folder, a bundle or a report brings along."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
 import re
@@ -52,3 +54,18 @@ def strict_json(data: bytes, where: str, *, limit: int, depth: int = JSON_DEPTH)
         return value
     except (UnicodeDecodeError, ValueError) as error:
         raise FormatError(f"{where}: not JSON: {error}") from error
+
+
+def strict_base64(text: object, where: str) -> bytes:
+    """The bytes that a stranger's standard base64 spells: padded, without spaces or line ends, and never none at all.
+
+    Raises FormatError, naming `where`, for anything else, and for a second spelling of the same bytes (RFC 4648,
+    section 3.5): a file that means the same must be the same file.
+    """
+    try:
+        data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except (binascii.Error, ValueError) as error:
+        raise FormatError(f"{where}: not standard base64") from error
+    if not data or base64.standard_b64encode(data).decode() != text:
+        raise FormatError(f"{where}: not standard base64")
+    return data

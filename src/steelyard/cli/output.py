@@ -12,6 +12,7 @@ from steelyard.base.errors import UsageError
 
 if TYPE_CHECKING:
     from steelyard.release.gate import Decision
+    from steelyard.safety.pause import Paused
 
 
 def print_json(value: Any) -> None:
@@ -65,6 +66,14 @@ def print_decision(decision: Decision, bundle: Path | None, *, as_json: bool) ->
     print(one_line(f"probes in the training data: {decision.training_data}"))
     print(f"subject: {decision.subject}")
     print(f"bundle:  {bundle}" if bundle else "bundle:  none: only PASS opens the door")
+
+
+def print_paused(paused: Paused, *, as_json: bool) -> None:
+    """Which runs wait to be countersigned, and how they go on."""
+    if as_json:
+        print_json({"paused": {run: str(commitment) for run, commitment in paused.waiting.items()}})
+    else:
+        print(one_line(str(paused)))
 
 
 def _bound(value: float | None) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steelyard.base.errors import UsageError
 from steelyard.cli.options import WORKSPACE, AsJSON, Keys, PassphraseFile, Workspace, existing_file, existing_folder
 from steelyard.cli.output import one_line, passphrase, print_decision, print_json, print_table
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
 
+    from steelyard.release.bundle import Released
     from steelyard.release.keys import KeyInfo
+    from steelyard.release.signers import Signing
     from steelyard.release.verify import Verification
 
 Run = Annotated[Path, typer.Argument(help="The folder of a finished safety run.", callback=existing_folder)]
@@ -70,39 +73,23 @@ def release(
 ) -> None:
     """Let the gate decide; write the signed bundle on PASS, and nothing on anything else (exit code 1). One person's
     way: where the policy wants several, attest, approve and seal."""
-    from steelyard.base.progress import default_progress
-    from steelyard.ledger.ledger import Ledger
     from steelyard.release.bundle import write_bundle
-    from steelyard.release.refused import Refused
     from steelyard.release.signers import Signing
-    from steelyard.release.trust import load_trust
-    from steelyard.release.writing import about_model
-    from steelyard.safety.policy import load_policy
 
-    chosen, mine = load_policy(policy), None if trust is None else load_trust(trust)
-    about = about_model(license_, license_name, license_link, base_model, repository)
-    signer, card = _signing(keys or workspace / "keys", key, passphrase_file)
-    with Ledger(workspace / "ledger.sqlite") as ledger:
-        try:
-            decision = write_bundle(
-                run=run,
-                model=model,
-                policy=chosen,
-                ledger=ledger,
-                signer=signer,
-                key=card,
-                predecessor=predecessor,
-                trust=mine,
-                about=about,
-                how=Signing(certificates, sigstore),
-                out=out,
-                progress=default_progress(as_json=as_json),
-            ).decision
-        except Refused as refused:
-            decision = refused.decision
-    print_decision(decision, out if decision.verdict == "PASS" else None, as_json=as_json)
-    if decision.verdict != "PASS":
-        raise typer.Exit(1)
+    _put_to_the_gate(
+        write_bundle,
+        run,
+        out,
+        model,
+        policy=policy,
+        predecessor=predecessor,
+        trust=trust,
+        stated=(license_, license_name, license_link, base_model, repository),
+        how=Signing(certificates, sigstore),
+        signing=(keys or workspace / "keys", key, passphrase_file),
+        workspace=workspace,
+        as_json=as_json,
+    )
 
 
 def attest(
@@ -129,38 +116,71 @@ def attest(
 ) -> None:
     """The evaluator's part of a release: let the gate decide, and on PASS write a candidate, which does not verify
     until it is approved and sealed."""
+    from steelyard.release.bundle import attest as write_candidate
+    from steelyard.release.signers import Signing
+
+    _put_to_the_gate(
+        partial(write_candidate, name=name),
+        run,
+        candidate,
+        model,
+        policy=policy,
+        predecessor=predecessor,
+        trust=trust,
+        stated=(license_, license_name, license_link, base_model, repository),
+        how=Signing(certificates),
+        signing=(keys or workspace / "keys", key, passphrase_file),
+        workspace=workspace,
+        as_json=as_json,
+    )
+
+
+def _put_to_the_gate(
+    write: Callable[..., Released],
+    run: Path,
+    out: Path,
+    model: Path,
+    *,
+    policy: str,
+    predecessor: Path | None,
+    trust: Path | None,
+    stated: tuple[str | None, str | None, str | None, str | None, str | None],
+    how: Signing,
+    signing: tuple[Path, str, Path | None],
+    workspace: Path,
+    as_json: bool,
+) -> None:
+    """Have `write` ask the gate and write `out` on PASS; print the decision, and exit with 1 on any other. `stated` as
+    `about_model` takes it, `signing` as `_signing` does."""
     from steelyard.base.progress import default_progress
     from steelyard.ledger.ledger import Ledger
-    from steelyard.release.bundle import attest as write_candidate
     from steelyard.release.refused import Refused
-    from steelyard.release.signers import Signing
     from steelyard.release.trust import load_trust
     from steelyard.release.writing import about_model
     from steelyard.safety.policy import load_policy
 
     chosen, mine = load_policy(policy), None if trust is None else load_trust(trust)
-    about = about_model(license_, license_name, license_link, base_model, repository)
-    signer, card = _signing(keys or workspace / "keys", key, passphrase_file)
+    about = about_model(*stated)
+    signer, card = _signing(*signing)
     with Ledger(workspace / "ledger.sqlite") as ledger:
         try:
-            decision = write_candidate(
+            decision = write(
                 run=run,
                 model=model,
                 policy=chosen,
                 ledger=ledger,
                 signer=signer,
                 key=card,
-                name=name,
                 predecessor=predecessor,
                 trust=mine,
                 about=about,
-                how=Signing(certificates),
-                out=candidate,
+                how=how,
+                out=out,
                 progress=default_progress(as_json=as_json),
             ).decision
         except Refused as refused:
             decision = refused.decision
-    print_decision(decision, candidate if decision.verdict == "PASS" else None, as_json=as_json)
+    print_decision(decision, out if decision.verdict == "PASS" else None, as_json=as_json)
     if decision.verdict != "PASS":
         raise typer.Exit(1)
 
@@ -251,8 +271,6 @@ def verify(
     from steelyard.base.progress import default_progress
     from steelyard.release.verify import verify_bundle
 
-    if key and trust is not None:
-        raise UsageError("--key and --trust: give one of them; a trust file says who may do what")
     result = verify_bundle(
         bundle,
         keys=key or [],

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from steelyard.cli.options import WORKSPACE, AsJSON, PassphraseFile, Workspace
-from steelyard.cli.output import one_line, passphrase, print_criteria, print_decision, print_json, print_table
+from steelyard.cli.output import passphrase, print_criteria, print_decision, print_json, print_paused, print_table
 
 
 def run(
@@ -41,10 +41,7 @@ def run(
         print(f"report: {refused.run / 'report.html'}")
         raise
     except Paused as paused:
-        if as_json:
-            print_json({"paused": paused.run, "commitment": str(paused.commitment)})
-        else:
-            print(one_line(str(paused)))
+        print_paused(paused, as_json=as_json)
         return
     if as_json:
         print_json(

@@ -10,7 +10,7 @@ import typer
 
 from steelyard.base.errors import UsageError
 from steelyard.cli.options import WORKSPACE, AsJSON, ModelFolder, Workspace, existing_folder
-from steelyard.cli.output import one_line, print_criteria, print_json, print_table
+from steelyard.cli.output import one_line, print_criteria, print_json, print_paused, print_table
 
 if TYPE_CHECKING:
     from steelyard.safety.report import Report
@@ -86,7 +86,7 @@ def run(
         typer.Option(
             "--countersign",
             help="Commit, and wait before the first generation until a witness has countersigned (steelyard "
-            "countersign); then the same command goes on. Of the model's own run, not of its variants'.",
+            "countersign); then the same command goes on. Variants wait in their turn, all of them together.",
         ),
     ] = False,
     witness: Annotated[
@@ -153,16 +153,20 @@ def run(
     with Ledger(workspace / "ledger.sqlite") as ledger:
         try:
             result = run_battery(job, out=out, ledger=ledger, progress=progress, countersign=look)
+            if others:
+                result = run_variants(
+                    job,
+                    others,
+                    model,
+                    out=out,
+                    ledger=ledger,
+                    server_model=endpoint_model,
+                    progress=progress,
+                    countersign=look,
+                )
         except Paused as paused:
-            if as_json:
-                print_json({"paused": paused.run, "commitment": str(paused.commitment)})
-            else:
-                print(one_line(str(paused)))
+            print_paused(paused, as_json=as_json)
             return
-        if others:
-            result = run_variants(
-                job, others, model, out=out, ledger=ledger, server_model=endpoint_model, progress=progress
-            )
     _show(result, out, as_json)
 
 

@@ -208,17 +208,18 @@ class SafetyStage(StageKind[SafetyConfig]):
             policies=[_policy("policies", name) for name in context.config.policies],
             scorers={name: open_scorer(reference, folder) for name, reference in battery.scorers.items()},
         )
-        found = run_battery(
-            job,
-            out=context.place,
-            ledger=context.ledger,
-            progress=context.progress,
-            countersign=_countersigned(context.config),
-        )
+        look = _countersigned(context.config)
+        found = run_battery(job, out=context.place, ledger=context.ledger, progress=context.progress, countersign=look)
         if variants := _variants(context.config):
             model = _path(inputs["model"])
             found = run_variants(
-                job, variants, model, out=context.place, ledger=context.ledger, progress=context.progress
+                job,
+                variants,
+                model,
+                out=context.place,
+                ledger=context.ledger,
+                progress=context.progress,
+                countersign=look,
             )
         report = context.place / "report.html"
         data, undeclared = learned_from(inputs["model"])

@@ -12,8 +12,6 @@ github.com/secure-systems-lab/dsse.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -25,7 +23,7 @@ from securesystemslib.signer import Key, Signature, Signer  # type: ignore[attr-
 
 from steelyard.base.canonical import canonical_json
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.strict import strict_json
+from steelyard.base.strict import strict_base64, strict_json
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -186,8 +184,8 @@ def read_envelope(data: bytes, where: str) -> tuple[bytes, dict[str, str]]:
             raise FormatError(f"{where}: certificate is not a text in PEM")
         if not isinstance(signature["keyid"], str):
             raise FormatError(f"{where}: keyid is not a string")
-        found[signature["keyid"]] = _base64(signature["sig"], f"{where}: sig").hex()
-    return _base64(raw["payload"], f"{where}: payload"), found
+        found[signature["keyid"]] = strict_base64(signature["sig"], f"{where}: sig").hex()
+    return strict_base64(raw["payload"], f"{where}: payload"), found
 
 
 def envelope_certificates(data: bytes, where: str) -> str | None:
@@ -257,14 +255,3 @@ def first_of(error: ValidationError, root: str) -> str:
     """What pydantic found first, in one line: the key and what is wrong with it."""
     first = error.errors()[0]
     return f"{'.'.join(str(part) for part in first['loc']) or root}: {first['msg']}"
-
-
-def _base64(text: object, where: str) -> bytes:
-    try:
-        data = base64.b64decode(text, validate=True) if isinstance(text, str) else None
-    except (binascii.Error, ValueError):
-        data = None
-    # One spelling only: a second one would be another file with the same meaning.
-    if data is None or base64.standard_b64encode(data).decode() != text:
-        raise FormatError(f"{where}: not standard base64")
-    return data

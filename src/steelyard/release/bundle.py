@@ -30,6 +30,7 @@ from steelyard.release.attest import sign
 from steelyard.release.gate import Decision, decide
 from steelyard.release.keys import KeyInfo
 from steelyard.release.layout import MANIFEST, TEST_RESULT
+from steelyard.release.lineage import check_license
 from steelyard.release.refused import Refused
 from steelyard.release.signers import Signing, trusted_signer
 from steelyard.release.statements import Approval, approval_payload, release_subjects, stamp
@@ -74,14 +75,15 @@ def write_bundle(
 
     The release is called by the name of `out`; an earlier one there is renamed to `aside` after the PASS, and back
     where this fails. `predecessor` as in `decide`; `trust`: what the finished bundle is verified with (None: the key
-    itself); `about`: for its papers; `how`: to sign, besides the key. Raises Refused, with the decision, on any other
-    verdict; UsageError where nobody states a licence; SteelyardError where `out` exists and there is no `aside`, and
-    where the finished bundle does not verify.
+    itself); `about`: for its papers; `how`: to sign, besides the key. Raises UsageError, before the gate is asked,
+    where nobody states a licence; Refused, with the decision, on any other verdict; SteelyardError where `out` exists
+    and there is no `aside`, and where the finished bundle does not verify.
     """
     progress, now = progress or Silent(), now or datetime.now(UTC)
     _check_signer(signer, key)
     if aside is None:
         _check_free(out)
+    check_license(model, run, ledger, about.license)
     decision = decide(
         run=run,
         model=model,
@@ -132,6 +134,7 @@ def attest(
     progress, now = progress or Silent(), now or datetime.now(UTC)
     _check_signer(signer, key)
     _check_free(out)
+    check_license(model, run, ledger, about.license)
     decision = decide(
         run=run,
         model=model,

@@ -112,7 +112,10 @@ def check_chain(
         key: Key = SSlibKey.from_crypto(public)
         return key, authority
     pinned = ", ".join(_subject(authority.certificate) for authority in mine)
-    raise SignatureError(f"{where}: no chain from {_subject(own)} to the pinned {pinned}: {problem}")
+    raise SignatureError(
+        f"{where}: no chain from {_subject(own)} to the pinned {pinned}: {problem}: the signer adds the certificates"
+        " between the two (--certificates), or you pin the root that issued his (a trust file: certificate_authority)"
+    )
 
 
 def read_certificate(der: bytes, where: str) -> x509.Certificate:

@@ -18,9 +18,9 @@ from urllib.parse import quote
 
 from steelyard import __version__
 from steelyard.base.canonical import digest, sha256_hex
-from steelyard.base.errors import FormatError, UsageError
+from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import read_bounded
-from steelyard.release.evidence import Evidence
+from steelyard.release.evidence import Evidence, read_run
 from steelyard.release.front_matter import split_card
 from steelyard.release.licenses import LICENSE_FILES, License, parse_license
 
@@ -113,7 +113,7 @@ def gather_lineage(
         if value is not None and not HUB_ID.fullmatch(value):
             raise UsageError(f"{option}: {value[:80]!r} is no id on the Hub: write ORG/NAME")
     trail = _trail(evidence, ledger)
-    imports = [event for event in trail if event.payload.get("kind") == "import"]
+    imports = _imports(trail)
     base = _base(imports[0]) if imports else None
     if base_model is not None:
         if base is not None and base.hub not in (None, base_model):
@@ -186,11 +186,26 @@ def resolve_license(model: Path, given: License | None, base: Path | None = None
     if found is None:
         raise UsageError(
             f"{model}: nobody states its licence: say --license ID (apache-2.0, mit, ..., or other with a name and a "
-            f"link), or write `license:` into the metadata of {CARD}"
+            f"link; in a recipe `license: ID`), or write `license:` into the metadata of {CARD}"
         )
     if found.link in LICENSE_FILES and not (model / found.link).is_file():
         raise UsageError(f"{model}: license_link names {found.link}, which is not there: add the licence's text")
     return found
+
+
+def check_license(model: Path, run: Path, ledger: Ledger, given: License | None) -> None:
+    """What `gather_lineage` would refuse for its licence, refused before the gate's long work and not after it.
+
+    Raises as `resolve_license`. A run that cannot be read says nothing here: the gate says why.
+    """
+    base = None
+    if given is None and stated_license(read_card(model), str(model / CARD)) is None:
+        try:
+            evidence = read_run(run)
+        except SteelyardError:
+            return
+        base = _base_folder(_imports(_trail(evidence, ledger)), ledger)
+    resolve_license(model, given, base)
 
 
 def _parsed(stated: tuple[str, str | None, str | None], where: Path) -> License:
@@ -226,6 +241,10 @@ def _trail(evidence: Evidence, ledger: Ledger) -> list[Event]:
             keys = inputs.values() if isinstance(inputs, dict) else ()
             waiting += [made[str(key)] for key in keys if str(key) in made]
     return [found[seq] for seq in sorted(found)]
+
+
+def _imports(trail: list[Event]) -> list[Event]:
+    return [event for event in trail if event.payload.get("kind") == "import"]
 
 
 def _made(payload: Mapping[str, Any]) -> str | None:

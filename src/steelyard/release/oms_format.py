@@ -13,8 +13,6 @@ github.com/sigstore/protobuf-specs (sigstore_bundle.proto).
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from steelyard.base.errors import FormatError
-from steelyard.base.strict import strict_json
+from steelyard.base.strict import strict_base64, strict_json
 from steelyard.release.attest import PAYLOAD_TYPE, Sha256
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -173,7 +171,7 @@ def _material(raw: object, where: str) -> tuple[Method, str | None, tuple[bytes,
 def _der(raw: object, where: str) -> bytes:
     if not isinstance(raw, dict) or set(raw) != {"rawBytes"}:
         raise FormatError(f"{where}: a certificate holds rawBytes, nothing else")
-    return _base64(raw["rawBytes"], f"{where}: rawBytes")
+    return strict_base64(raw["rawBytes"], f"{where}: rawBytes")
 
 
 def _envelope(raw: object, where: str) -> tuple[bytes, bytes]:
@@ -188,8 +186,8 @@ def _envelope(raw: object, where: str) -> tuple[bytes, bytes]:
     # keyid is null, empty or absent, as the version of the writer had it.
     if not isinstance(signatures[0], dict) or set(signatures[0]) - {"keyid"} != {"sig"} or signatures[0].get("keyid"):
         raise FormatError(f"{where}: dsseEnvelope: a signature holds sig and an empty keyid, nothing else")
-    sig = _base64(signatures[0]["sig"], f"{where}: sig")
-    return _base64(raw["payload"], f"{where}: payload"), sig
+    sig = strict_base64(signatures[0]["sig"], f"{where}: sig")
+    return strict_base64(raw["payload"], f"{where}: payload"), sig
 
 
 def _statement(payload: bytes, where: str) -> tuple[str, dict[str, str], tuple[str, ...]]:
@@ -222,14 +220,3 @@ def _short(raw: Any, place: tuple[int | str, ...]) -> str:
         except (KeyError, IndexError, TypeError):
             return "absent"
     return repr(raw)[:60]
-
-
-def _base64(text: object, where: str) -> bytes:
-    """Standard base64 in its one spelling."""
-    try:
-        data = base64.b64decode(text, validate=True) if isinstance(text, str) else None
-    except (binascii.Error, ValueError):
-        data = None
-    if not data or base64.standard_b64encode(data).decode() != text:
-        raise FormatError(f"{where}: not standard base64")
-    return data

@@ -11,8 +11,6 @@ of The Update Framework's snapshot and timestamp (theupdateframework.github.io, 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from securesystemslib.signer import Signature, Signer  # type: ignore[attr-defin
 
 from steelyard.base.canonical import canonical_json, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
-from steelyard.base.strict import strict_json
+from steelyard.base.strict import strict_base64, strict_json
 from steelyard.model.identity import Sha256
 from steelyard.release.attest import parse_time
 from steelyard.release.evidence import CLOCKS_APART
@@ -126,7 +124,7 @@ def read_list(data: bytes, where: str) -> SignedList:
         raise FormatError(f"{where}: not a DSSE envelope of payload, payloadType and signatures alone")
     if raw["payloadType"] != PAYLOAD_TYPE:
         raise FormatError(f"{where}: payloadType is {str(raw['payloadType'])[:80]!r}, not {PAYLOAD_TYPE!r}")
-    payload = _base64(raw["payload"], f"{where}: payload")
+    payload = strict_base64(raw["payload"], f"{where}: payload")
     signatures = _signatures(raw["signatures"], where)
     inner = strict_json(payload, f"{where}: payload", limit=LIST_LIMIT, depth=_DEPTH)
     try:
@@ -252,16 +250,5 @@ def _signatures(raw: object, where: str) -> dict[str, str]:
             raise FormatError(f"{where}: keyid is not a short string")
         if keyid in found:
             raise FormatError(f"{where}: key {keyid[:80]!r} signs twice: two signatures of one key are not two signers")
-        found[keyid] = _base64(one["sig"], f"{where}: sig").hex()
+        found[keyid] = strict_base64(one["sig"], f"{where}: sig").hex()
     return found
-
-
-def _base64(text: object, where: str) -> bytes:
-    try:
-        data = base64.b64decode(text, validate=True) if isinstance(text, str) else None
-    except (binascii.Error, ValueError):
-        data = None
-    # One spelling only, as in attest.
-    if not data or base64.standard_b64encode(data).decode() != text:
-        raise FormatError(f"{where}: not standard base64")
-    return data

@@ -10,7 +10,7 @@ SHA-256 of all three, so a journal that was begun earlier cannot claim them. Who
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,17 +38,21 @@ SteelyardError for what does not fit."""
 
 
 class Paused(SteelyardError):  # noqa: N818 - nothing is wrong
-    """Not an error: the run is committed, and waits for its countersignature. Nothing was generated yet."""
+    """Not an error: runs are committed, and wait for their countersignatures. Nothing was generated of them yet.
+
+    `waiting`: the file of each run's commitment.
+    """
 
     exit_code = 0
 
-    def __init__(self, commitment: Path, run: str) -> None:
-        self.commitment, self.run = commitment, run
-        super().__init__(
+    def __init__(self, waiting: Mapping[str, Path]) -> None:
+        self.waiting = dict(waiting)
+        told = "; ".join(
             f"run {run} is committed and waits before its first generation: have {commitment} countersigned (steelyard "
-            f"countersign {commitment} --key WITNESS, or --timestamp-url URL), put {COUNTERSIGNATURE} or {TIMESTAMP} "
-            "beside it, and give the same command again"
+            f"countersign {commitment} --key WITNESS, or --timestamp-url URL)"
+            for run, commitment in waiting.items()
         )
+        super().__init__(f"{told}, put {COUNTERSIGNATURE} or {TIMESTAMP} beside it, and give the same command again")
 
 
 class Commitment(BaseModel):
@@ -170,7 +174,7 @@ def countersigned(plan: Plan, committed: Event, folder: Path, ledger: Ledger, lo
         )
     found = look(folder)
     if found is None:
-        raise Paused(path, plan.run)
+        raise Paused({plan.run: path})
     if found.commitment != noted["commitment"]:
         raise SteelyardError(f"{path}: changed while it was read: leave it alone and try again")
     return found

@@ -28,6 +28,7 @@ from steelyard.base.progress import Progress
 from steelyard.model.headers import read_json_object
 from steelyard.model.identity import is_model_file, subject_of
 from steelyard.safety.battery import NAME
+from steelyard.safety.pause import Look, Paused
 from steelyard.safety.report import Report, write_report
 from steelyard.safety.run import Job, Tested, run_battery
 from steelyard.safety.shipped import shipped_sampling
@@ -90,12 +91,16 @@ def run_variants(
     ledger: Ledger,
     server_model: str = "default",
     progress: Progress,
+    countersign: Look | None = None,
 ) -> Report:
     """Test each variant of the model in folder `model`, whose own run `job` has been run in `out`, on the same battery,
     policies, scorers and seeds and beside the same predecessor; then write the main report again, with the comparison.
 
-    What was done is not done again: each resumes as a run does. Raises UsageError where a variant is the model itself.
+    What was done is not done again: each resumes as a run does. With `countersign` no variant generates anything before
+    its own commitment is countersigned: all that wait are committed, then Paused names them together. Raises UsageError
+    where a variant is the model itself.
     """
+    waiting: dict[str, Path] = {}
     for variant in variants:
         folder = out / FOLDER / variant.name
         progress.say(f"variant {variant.name}")
@@ -105,7 +110,13 @@ def run_variants(
         before = job.predecessor
         if before is not None and before.subject.digest == tested.subject.digest:
             before = None  # the predecessor is this variant: it has nothing to come after
-        run_battery(replace(job, candidate=tested, predecessor=before), out=folder, ledger=ledger, progress=progress)
+        its = replace(job, candidate=tested, predecessor=before)
+        try:
+            run_battery(its, out=folder, ledger=ledger, progress=progress, countersign=countersign)
+        except Paused as paused:
+            waiting |= paused.waiting
+    if waiting:
+        raise Paused(waiting)
     return write_report(out)
 
 
