@@ -1,12 +1,13 @@
 """Files that are whole or absent; paths that cannot escape."""
 
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.files import inside, new_folder, read_bounded, write_atomic
+from steelyard.base.files import inside, locked, new_folder, read_bounded, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
@@ -63,3 +64,25 @@ def test_only_plain_files_are_read_and_no_more_than_allowed(tmp_path: Path) -> N
             read_bounded(tmp_path / name, 5)
     with pytest.raises(FileNotFoundError):
         read_bounded(tmp_path / "absent", 5)
+
+
+def test_a_lock_leaves_what_a_planted_link_points_at(tmp_path: Path) -> None:
+    secret = tmp_path / "key.pem"
+    secret.write_text("private")
+    (tmp_path / ".lock").symlink_to(secret)
+    with pytest.raises(FormatError, match="symbolic link, where a lock belongs"), locked(tmp_path / ".lock"):
+        pass
+    assert secret.read_text() == "private"
+
+
+def test_a_lock_is_held_by_one_and_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "new" / ".lock"
+    with locked(path):
+        pass
+    path.write_text("kept")
+    with locked(path), path.open() as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert other.read() == "kept"
+    with path.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
 
 from steelyard.base.canonical import digest
 from steelyard.base.errors import SteelyardError, UsageError
@@ -345,4 +346,14 @@ def test_an_event_that_is_not_kept_is_an_error(path: Path, trigger: str) -> None
         connection.close()
         with pytest.raises(SteelyardError, match="event 2 was not kept as written"):
             ledger.append("thing", {})
+        assert len(ledger.events()) == 1
+
+
+def test_a_full_disk_asks_for_space_and_not_for_an_older_copy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger(path) as ledger:
+        ledger.append("thing", {})
+        pages = sqlite3.connect(path).execute("PRAGMA page_count").fetchone()[0]
+        event.listen(ledger._engine, "connect", lambda raw, _: raw.execute(f"PRAGMA max_page_count = {pages}"))
+        with pytest.raises(SteelyardError, match=r"full.*: free space on its disk"):
+            ledger.append("thing", {"text": "x" * 100_000})
         assert len(ledger.events()) == 1

@@ -256,7 +256,7 @@ class Handler(BaseHTTPRequestHandler):
         self.repository(name, write=True)
         wanted = self.json()
         assert wanted["operation"] == "upload" and wanted["hash_algo"] == "sha256", wanted  # noqa: PT018
-        verify = {"href": f"{self.hub.url}/{name}.git/info/lfs/objects/verify"}
+        verify = {"href": f"{self.hub.verified_at or self.hub.url}/{name}.git/info/lfs/objects/verify"}
 
         def actions(oid: str, size: int) -> dict[str, Any]:
             if self.hub.stored(oid).is_file():

@@ -80,6 +80,7 @@ class HubState:
 
     def __init__(self, folder: Path, *, part: int | None = None, regular: int = 20_000, page: int = 1000) -> None:
         self.folder, self.part, self.regular, self.page = folder, part, regular, page
+        self.verified_at: str | None = None  # another host that is to say whether a large file arrived
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
         self.asked: list[str] = []

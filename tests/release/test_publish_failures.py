@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import READ, WRITE, Fault
+from hub_server import READ, WRITE, Fault, HubServer
 from publishing import Hub, There, send, served_hub, to_damage, whole
 
 from steelyard.base.canonical import sha256_file
@@ -187,3 +187,28 @@ def test_without_the_library(there: There, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match=r"steelyard\[models\]"):
         send(there)
+
+
+# -- a Hub that points elsewhere ---------------------------------------------------------------------------------------
+
+
+def test_the_token_goes_to_no_other_host(hub: Hub, there: There, tmp_path: Path) -> None:
+    with HubServer(tmp_path / "other") as other:
+        hub.verified_at = other.url
+        with pytest.raises(HubError, match="would get the token: nothing was sent there"):
+            send(there)
+    hub.verified_at = None
+    send(there)
+    whole(hub, there, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["GET /api/whoami", "POST /api/models/org/tiny/commit", "/objects/batch"])
+def test_a_call_that_is_redirected_to_another_host_is_not_followed(
+    hub: Hub, there: There, tmp_path: Path, what: str
+) -> None:
+    with HubServer(tmp_path / "other") as other:
+        hub.faults.append(Fault(what, "status", status=307, headers={"Location": f"{other.url}/anything"}))
+        with pytest.raises(HubError, match=r"redirected to 127\.0\.0\.1, which is not the Hub: it was not followed"):
+            send(there)
+    send(there)
+    whole(hub, there, tmp_path)

@@ -163,10 +163,10 @@ def _dripping(first: bytes) -> Iterator[str]:
             thread.join()
 
 
-@pytest.mark.parametrize("first", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n"])
+@pytest.mark.parametrize("first", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
 def test_an_authority_that_takes_for_ever_is_given_up(tsa: Authority, first: bytes) -> None:
     start = time.monotonic()
-    with _dripping(first) as url, pytest.raises(SteelyardError, match=r"did not answer within 0.2 s|took too long"):
+    with _dripping(first) as url, pytest.raises(SteelyardError, match=r"did not answer within 0.2 s"):
         ask(url, MESSAGE, [tsa.root], timeout=0.2)
     assert time.monotonic() - start < 10
 

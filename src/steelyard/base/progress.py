@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
 
+def one_line(text: str) -> str:
+    """Text from a stranger, fit for a line of ours: what is not printable (line ends, terminal codes) is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class Task(Protocol):
     """One piece of countable work."""
 
@@ -55,7 +60,7 @@ class LineProgress:
         yield _LineTask(self.out, name, total, unit, done, self.every)
 
     def say(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
+        print(one_line(text), file=self.out, flush=True)
 
 
 class _JSONTask:
@@ -148,7 +153,7 @@ class BarProgress:
             yield _BarTask()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(one_line(text), highlight=False, markup=False)
 
 
 def default_progress(*, as_json: bool = False) -> Progress:

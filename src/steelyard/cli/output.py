@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steelyard.base.errors import UsageError
+from steelyard.base.progress import one_line as one_line
 
 if TYPE_CHECKING:
     from steelyard.release.gate import Decision
@@ -16,13 +17,9 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
-    """Machine-readable output: one JSON document on standard output."""
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
-
-
-def one_line(text: str) -> str:
-    """Text from a stranger, fit for a line of ours: what is not printable (line ends, terminal codes) is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Machine-readable output: one JSON document on standard output, in ASCII: a terminal may be where it ends, and a
+    stranger's text in it."""
+    print(json.dumps(value, indent=2, sort_keys=True))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -286,7 +286,9 @@ class Ledger:
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
             remedy = "restore it from a copy" if self.path is not None else "check the server"
-            if "locked" in str(cause):
+            if "full" in str(cause) or "disk I/O" in str(cause):
+                remedy = "free space on its disk and try again; nothing of it was lost"
+            elif "locked" in str(cause):
                 remedy = "another process holds it, try again when it is done"
             elif "readonly" in str(cause) or "unable to open" in str(cause):
                 remedy = "the file and its folder must be writable, or the -wal and -shm files beside it readable"

@@ -22,6 +22,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from steelyard.base.errors import SteelyardError, require_extra
 from steelyard.base.progress import Progress
@@ -93,7 +94,7 @@ class HubClient:
         kind, request = type(session), session.event_hooks["request"]
 
         def limited() -> Any:
-            hooks = {"request": request, "response": [self._look]}
+            hooks = {"request": [*request, self._keep_the_token], "response": [self._look]}
             return kind(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT)
 
         self._before = lambda: kind(event_hooks={"request": request}, follow_redirects=True, timeout=None)
@@ -235,8 +236,33 @@ class HubClient:
                 self.pause(attempt, _asked_wait(error))
         raise AssertionError("unreachable")
 
+    def _is_ours(self, url: Any) -> bool:
+        """Whether an address is of the Hub that was named: scheme, host and port."""
+        mine = urlsplit(self.endpoint)
+        port = {"https": 443, "http": 80}
+        return (url.scheme, url.host, url.port or port.get(url.scheme)) == (
+            mine.scheme,
+            mine.hostname,
+            mine.port or port.get(mine.scheme),
+        )
+
+    def _keep_the_token(self, request: Any) -> None:
+        """Of every request: the addresses that the Hub's answers name may be anywhere; the token goes to the Hub."""
+        if "authorization" in request.headers and not self._is_ours(request.url):
+            text = f"{request.url.host}, an address that the Hub named, would get the token: nothing was sent there"
+            raise HubError(f"hf://{self.repository}: {text}")
+
     def _look(self, response: Any) -> None:
-        """Of every answer: end two waits of the library that have no bound."""
+        """Of every answer: no redirect of a call of the API or of content to another host, and an end to two waits of
+        the library that have no bound."""
+        request = response.request
+        if response.has_redirect_location and (
+            request.method not in ("GET", "HEAD", "PUT") or request.url.path.startswith("/api/")
+        ):
+            aim = request.url.join(response.headers["location"])
+            if self._is_ours(request.url) and not self._is_ours(aim):
+                text = f"a call was redirected to {aim.host}, which is not the Hub: it was not followed"
+                raise HubError(f"hf://{self.repository}: {text}", response.status_code)
         wait = _retry_after(response.headers)
         if response.status_code in _PASSING and wait is not None and wait > LONGEST_WAIT:
             text = f"the Hub asks to wait for {wait:,.0f} seconds: publish again after that, it goes on from here"

@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import re
-import ssl
-import time
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -168,35 +167,37 @@ class _NoRedirect(HTTPRedirectHandler):
 def _post(url: str, where: str, body: bytes, timeout: float) -> bytes:
     """The answer's body. No proxy's login, no redirect, no more than the limit, no longer than twice the time-out."""
     headers = {"Content-Type": "application/timestamp-query", "Accept": "application/timestamp-reply"}
-    opener: OpenerDirector = build_opener(_NoRedirect)
-    end = time.monotonic() + 2 * timeout
-    try:
-        with opener.open(Request(url, data=body, headers=headers, method="POST"), timeout=timeout) as answer:
-            return _bounded(answer, where, end)
-    except HTTPError as error:
-        with error:
-            text = f"the authority answered {error.code} {str(error.reason)[:80]!r}"
-        raise SteelyardError(f"{where}: {text}: is this the address of a time-stamping authority?") from error
-    except TimeoutError as error:
-        raise SteelyardError(f"{where}: the authority did not answer within {timeout:g} s: try again later") from error
-    except (URLError, http.client.HTTPException, ssl.SSLError, OSError) as error:
-        reason = getattr(error, "reason", None) or error
-        if isinstance(reason, TimeoutError):
-            text = f"the authority did not answer within {timeout:g} s"
-        else:
-            text = f"the authority cannot be asked: {' '.join(str(reason).split())[:200] or type(reason).__name__}"
-        raise SteelyardError(f"{where}: {text}: try again later, or another authority") from error
+    found: list[bytes | Exception] = []
 
+    def ask() -> None:
+        try:
+            opener: OpenerDirector = build_opener(_NoRedirect)
+            with opener.open(Request(url, data=body, headers=headers, method="POST"), timeout=timeout) as answer:
+                found.append(answer.read(TIMESTAMP_LIMIT + 1))
+        except Exception as error:  # handed to the caller, who raises it
+            found.append(error)
 
-def _bounded(answer: http.client.HTTPResponse, where: str, end: float) -> bytes:
-    found = b""
-    while chunk := answer.read1(8192):
-        found += chunk
-        if len(found) > TIMESTAMP_LIMIT:
+    # An authority that sends a byte every few seconds never trips a socket's time-out: the whole has its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(2 * timeout)
+    result = found[0] if found else TimeoutError()
+    if isinstance(result, bytes):
+        if len(result) > TIMESTAMP_LIMIT:
             raise FormatError(f"{where}: answered over {TIMESTAMP_LIMIT:,} bytes: no time-stamp is so long")
-        if time.monotonic() > end:
-            raise SteelyardError(f"{where}: the authority's answer took too long: try again later")
-    return found
+        return result
+    if isinstance(result, HTTPError):
+        with result:
+            text = f"the authority answered {result.code} {str(result.reason)[:80]!r}"
+        raise SteelyardError(f"{where}: {text}: is this the address of a time-stamping authority?") from result
+    if not isinstance(result, URLError | http.client.HTTPException | OSError):
+        raise result
+    reason = getattr(result, "reason", None) or result
+    if isinstance(reason, TimeoutError):
+        text = f"the authority did not answer within {timeout:g} s"
+    else:
+        text = f"the authority cannot be asked: {' '.join(str(reason).split())[:200] or type(reason).__name__}"
+    raise SteelyardError(f"{where}: {text}: try again later, or another authority") from result
 
 
 def _shown(url: str) -> str:

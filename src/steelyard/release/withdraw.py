@@ -10,10 +10,9 @@ quorum has signed nothing lies at the list's place but the list before.
 
 from __future__ import annotations
 
-import fcntl
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
 
 from steelyard.base.errors import SteelyardError, UsageError
-from steelyard.base.files import read_bounded, write_atomic
+from steelyard.base.files import locked, read_bounded, write_atomic
 from steelyard.release.evidence import CLOCKS_APART
 from steelyard.release.targets import Target
 from steelyard.release.trust import Trust
@@ -291,10 +290,6 @@ def _holds(signed: SignedList, target: Target) -> bool:
     return any(entry.manifest == target.manifest for entry in signed.content.entries)
 
 
-@contextmanager
-def _locked(place: Place) -> Iterator[None]:
+def _locked(place: Place) -> AbstractContextManager[None]:
     """Two withdrawals at once would fork the list."""
-    place.list_file.parent.mkdir(parents=True, exist_ok=True)
-    with open(place.list_file.with_name(f".{place.list_file.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return locked(place.list_file.with_name(f".{place.list_file.name}.lock"))

@@ -7,11 +7,9 @@ and when it was last checked (a clock set back would bring an expired list to li
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -20,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steelyard.base.canonical import canonical_json, digest
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.files import read_bounded, write_atomic
+from steelyard.base.files import locked, read_bounded, write_atomic
 from steelyard.base.strict import strict_json
 from steelyard.model.identity import Sha256
 from steelyard.release.attest import parse_time
@@ -68,7 +66,8 @@ def check_seen(
     """
     path = state or default_state()
     try:
-        with _locked(path):
+        # Two verifications at once must not lose each other's record.
+        with locked(path.parent / f".{path.name}.lock"):
             records = _read(path)
             mine = _of(records, signed, trust)
             if isinstance(mine, Finding):
@@ -153,12 +152,3 @@ def _write(path: Path, records: Sequence[Record]) -> None:
     content = canonical_json({"format": 1, "lists": [record.model_dump(mode="json") for record in records]}) + b"\n"
     if not path.exists() or path.read_bytes() != content:
         write_atomic(path, content)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Two verifications at once must not lose each other's record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / f".{path.name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
