@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from commands import Done, refused, steelyard
 from scenario import PASSPHRASE, Chain
+from withdrawing import content
 
 from steelyard.ledger.ledger import Ledger
-from steelyard.release.keys import new_key
+from steelyard.release.keys import load_signer, new_key
+from steelyard.release.withdrawal import list_bytes
 
 
 @pytest.fixture
@@ -113,6 +115,36 @@ def test_the_list_that_the_trust_file_names_is_asked_without_an_option(chain: Ch
     trust["withdrawal"]["name"] = "another"
     (chain.root / "trust.yaml").write_text(json.dumps(trust))
     refused(check(chain, code=1), "list-name", "your trust file asks for 'another'")
+
+
+def test_what_is_withdrawn_is_not_published_and_no_stale_list_is_asked(chain: Chain, tmp_path: Path) -> None:
+    def publish(name: str, source: Path, code: int, *more: object) -> Done:
+        out = tmp_path / "site" / name
+        place = ["--trust", chain.root / "trust.yaml", "--workspace", chain.root, "--list", source, *more]
+        done = steelyard("publish", bundle(chain), "--to", out, *place, code=code)
+        if code:
+            refused(done, "does not verify, so nothing is published")
+            assert not out.exists()
+        return done
+
+    # One whose end is over says nothing of what was withdrawn since.
+    over = content(issued="2026-01-01T00:00:00+00:00", expires="2026-01-02T00:00:00+00:00")
+    expired = tmp_path / "expired.json"
+    expired.write_bytes(list_bytes(over, [load_signer(chain.keys, name, PASSPHRASE) for name in ("dora", "bob")]))
+    refused(
+        publish("expired", expired, 1, "--state", tmp_path / "other.json"), "expired at 2026-01-02", "fetch a newer one"
+    )
+
+    withdraw(chain, "--refresh", "--name", "mine", "--key", "dora", "--key", "bob")
+    first = Path(shutil.copy(listed(chain), tmp_path / "first.json"))
+    assert "published: " in publish("tiny", first, 0).out
+    verified = ["--list", first, "--state", tmp_path / "state.json"]
+    steelyard("verify", tmp_path / "site" / "tiny", "--trust", chain.root / "trust.yaml", *verified)
+
+    withdraw(chain, bundle(chain), "--reason", "the toxicity test was missed", "--key", "dora", "--key", "bob")
+    refused(publish("again", listed(chain), 1), "the toxicity test was missed")
+    # The list of before, which does not name it, is not asked any more.
+    refused(publish("stale", first, 1), "it was rolled back")
 
 
 def test_one_person_withdraws_by_name_with_one_key(chain: Chain) -> None:

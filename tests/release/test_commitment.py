@@ -27,6 +27,7 @@ from steelyard.release.attest import sign, statement_bytes
 from steelyard.release.commitment import (
     PREDICATE,
     SUBJECT,
+    Vouched,
     check_commitment,
     check_noted,
     copy_commitment,
@@ -95,7 +96,8 @@ class Waiting:
         return read_run(self.run)
 
     def check(self, trust: Pinned | None = Pinned(), *, required: bool = True) -> tuple[datetime | None, list[Finding]]:
-        return check_commitment(self.run, self.evidence(), trust, required)
+        vouched, findings = check_commitment(self.run, self.evidence(), trust, required)
+        return None if vouched is None else vouched.time, findings
 
     def noted(self) -> list[Finding]:
         evidence = self.evidence()
@@ -599,7 +601,11 @@ def test_a_bundle_holds_what_the_run_s_folder_holds(done: Waiting, tmp_path: Pat
     names = {"report": "r", "predecessor": "p", "overlap": "o"}
     where = {"journal": "steelyard/journal.jsonl", "battery": "steelyard/battery.json", **names}
     evidence = read_evidence(bundle, policies=[], **where)
-    assert check_commitment(bundle, evidence, Pinned(), True) == done.check()
+    time, findings = done.check()
+    assert time is not None
+    assert findings == []
+    witnessed = Vouched(time, WITNESS.public_key.keyid)
+    assert check_commitment(bundle, evidence, Pinned(), True) == (witnessed, [])
     (home / COUNTERSIGNATURE).unlink()
     refused(check_commitment(bundle, evidence, Pinned(), True), "steelyard/commitment.dsse.json: is missing")
 

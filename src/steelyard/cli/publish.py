@@ -24,6 +24,9 @@ def publish(
     withdrawn: Annotated[
         str | None, typer.Option("--list", help="The signed list of withdrawn releases: a file or a URL.")
     ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Where the last list seen is remembered; default: in the workspace.")
+    ] = None,
     gated: Annotated[
         Literal["auto", "manual"] | None,
         typer.Option(help="Who wants the repository must ask: granted at once, or by you."),
@@ -60,7 +63,7 @@ def publish(
             trust=trust,
             revocations=revocations or [],
             withdrawn=withdrawn,
-            state=None if withdrawn is None else workspace / "lists.json",
+            state=state or workspace / "lists.json",
             progress=progress,
         )
 

@@ -101,6 +101,7 @@ def write_bundle(
     with _moved_aside(out, aside), new_folder(out) as folder:
         write_candidate(folder, run, model, policy, decision, ledger, signer, key, out.name, about, how, now, progress)
         trust = trust or one_key([signer.public_key], policy)
+        # Before its seals too: a signature, Sigstore's above all, cannot be taken back.
         candidate = _examined(folder, trust, "approved", now, progress, f"{out}: what was just written")
         write_seals(folder, candidate, policy, signer, key, how, now)
         sealed = _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")

@@ -150,15 +150,6 @@ def check_key_kind(policy: Policy, kind: str, file: str | None = None) -> Iterat
         yield Finding("key", f"{where}{policy.name} refuses throwaway keys: make a standing one (steelyard key new)")
 
 
-def read_witness(folder: Path) -> str | None:
-    """The key that countersigned, where a key did; whether rightly is `check_commitment`'s question."""
-    try:
-        data = read_bounded(folder / COUNTERSIGNATURE, ENVELOPE_LIMIT)
-        return next(iter(read_envelope(data, COUNTERSIGNATURE)[1]))
-    except (OSError, FormatError):
-        return None
-
-
 def check_people(
     statements: Statements, policy: Policy, trust: Trust, *, counted: bool, witness: str | None = None
 ) -> Iterator[Finding]:

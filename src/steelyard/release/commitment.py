@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -137,10 +138,19 @@ def read_commitment(folder: Path, home: str = HOME) -> Commitment | None:
     return load_commitment(path)[0] if path.exists() or path.is_symlink() else None
 
 
+@dataclass(frozen=True)
+class Vouched:
+    """When a commitment was countersigned, and the key of the witness who did (None: an authority alone)."""
+
+    time: datetime
+    witness: str | None
+
+
 def check_commitment(
     folder: Path, evidence: Evidence, trust: Pins | None, required: bool
-) -> tuple[datetime | None, list[Finding]]:
-    """When the run's commitment was countersigned, and every reason why that does not count. None where it was not.
+) -> tuple[Vouched | None, list[Finding]]:
+    """When and by whom the run's commitment was countersigned, and every reason why that does not count. None where it
+    was not.
 
     `folder` is that of the run or of the bundle that `evidence` was read from. Where both a witness and an authority
     countersigned, both must hold, and the later time is given. What nobody of `trust` vouches for is a finding where
@@ -167,11 +177,12 @@ def check_commitment(
             findings.append(finding)  # those before an error count too
     except (SteelyardError, OSError) as error:
         findings.append(Finding("commitment", str(error).replace(f"{folder}/", "")))
-    return (None if findings or not checks.times else max(checks.times)), findings
+    return (None if findings or not checks.times else Vouched(max(checks.times), checks.witness)), findings
 
 
 class _Checks:
-    """The checks of one commitment; `times` are those of what countersigned it and was vouched for."""
+    """The checks of one commitment; `times` are those of what countersigned it and was vouched for, `witness` the key
+    that signed it, a stranger's too."""
 
     def __init__(
         self, folder: Path, home: Path, evidence: Evidence, held: Countersigned, trust: Pins | None, required: bool
@@ -179,6 +190,7 @@ class _Checks:
         self.folder, self.home, self.evidence, self.held = folder, home, evidence, held
         self.trust, self.required = trust, required
         self.times: list[datetime] = []
+        self.witness: str | None = None
 
     def all(self) -> Iterator[Finding]:
         where = _name(self.home, self.folder, COMMITMENT)
@@ -206,7 +218,7 @@ class _Checks:
         trust, strangers = self.trust, list[str]()
         if statement is not None:
             where = _name(self.home, self.folder, COUNTERSIGNATURE)
-            keyid = next(iter(read_envelope(statement, where)[1]))
+            keyid = self.witness = next(iter(read_envelope(statement, where)[1]))
             pinned = trust is None or keyid in {key.keyid for key in trust.witnesses}
             time = _signed(statement, message, trust.witnesses if trust is not None and pinned else None, where)
             if not pinned:

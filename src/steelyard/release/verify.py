@@ -39,7 +39,6 @@ from steelyard.release.checks_statements import (
     check_summary,
     check_test_result,
     read_statements,
-    read_witness,
 )
 from steelyard.release.claims import check_claims
 from steelyard.release.commitment import check_commitment
@@ -249,10 +248,10 @@ def _examine_contents(
         work.findings += found
         work.known |= {"policy": policy.digest, "countersigned": committed is not None}
         work.findings += check_keys(statements, policy, work.trust)
-        witness = read_witness(work.folder) if committed is not None else None
+        witness = None if committed is None else committed.witness
         counted = work.stage in ("approved", "sealed")
         work.findings += check_people(statements, policy, work.trust, counted=counted, witness=witness)
-        work.findings += check_order(statements, evidence, committed, work.now)
+        work.findings += check_order(statements, evidence, None if committed is None else committed.time, work.now)
         # Without a root there is a finding already; what the test-result says of it is then not held against it.
         root = root or ("" if statements.test is None else statements.test.subjects.get("oms", ""))
         common = release_subjects(subject.weights, root, files.manifest)
