@@ -205,7 +205,7 @@ def _chunks(reader: BufferedReader, tensor: TensorInfo, block: int) -> Iterator[
 def _marked(data: bytes, dtype: str, plan: _Plan, symbols: NDArray[np.int8], block: int, total: _Total) -> NDArray[Any]:
     kind, step = _DTYPES[dtype]
     bits = np.frombuffer(data, kind).copy()
-    values = _as_float32(bits, dtype)
+    values = _as_float32(bits, dtype)  # its own memory
     changed, change = _move(bits, values, plan, symbols, step, block)
     total.entries += len(bits)
     total.changed += changed
@@ -217,7 +217,7 @@ def _marked(data: bytes, dtype: str, plan: _Plan, symbols: NDArray[np.int8], blo
 def _as_float32(bits: NDArray[Any], dtype: str) -> Array:
     if dtype == "BF16":
         return np.asarray((bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32))
-    return np.asarray(bits.view("<f2" if dtype == "F16" else "<f4"), np.float32)
+    return bits.view("<f2" if dtype == "F16" else "<f4").astype(np.float32)
 
 
 # --- Detection --------------------------------------------------------------------------------------------------------
