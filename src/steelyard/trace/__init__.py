@@ -1,0 +1,1 @@
+"""Where did these weights come from: digests, lineage, watermark, uncensoring, notices."""
