@@ -32,18 +32,20 @@ from steelyard.model.headers import (
 )
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 Rows = slice | IntArray | None
 
 MAX_READ = 4 << 30  # bytes of float32 that one `read` may make; the embedding of Llama 3.1 405B takes 8.4 GB
 MAX_SHARDS = 2_000  # safetensors files of one model
 _CHUNK = 4 << 20
-_BLOCKS = {name: (elements, size) for name, elements, size in GGML_TYPES.values()}
+# Elements and bytes of a block.
+BLOCKS = {name: (elements, size) for name, elements, size in GGML_TYPES.values()}
 _PLAIN = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "BOOL": "u1", "U8": "u1",
     "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8",
 }  # fmt: skip
-FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")) | _BLOCKS.keys()
+FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")) | BLOCKS.keys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,9 @@ class Tensors(Protocol):
 
         Raises FormatError where the tensor is no floating-point one, too large to hold, or the file became shorter.
         """
+
+    def raw(self, name: str, rows: Rows = None) -> Bytes:
+        """The same rows as stored: [rows, bytes of a row]."""
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The stored bytes, piece by piece."""
@@ -184,27 +189,23 @@ class _Stored:
         entry = self.entries[name]
         if entry.dtype not in FLOATS:
             raise FormatError(f"{entry.file}: tensor {quote(name)} is {entry.dtype}: not floating-point weights")
-        count = entry.shape[0] if entry.shape else 1
-        inner = entry.shape[1:]
-        width = math.prod(inner)
-        if not self.gguf:
-            block, size = 1, np.dtype(_PLAIN[entry.dtype]).itemsize
-        else:
-            block, size = _BLOCKS[entry.dtype]
-        if width % block:  # a quantised vector: its elements are not rows of bytes
-            whole = _decode(self._bytes(entry, [(0, 1)], entry.end - entry.start), entry.dtype, self.gguf)
-            return whole if rows is None else whole[rows]
-        spans, order = _spans(rows, count)
-        total = sum(stop - start for start, stop in spans)
-        if total * width * 4 > MAX_READ:
-            raise FormatError(f"{entry.file}: tensor {quote(name)}: {total:,} rows of {width:,} are too many to hold")
-        data = self._bytes(entry, spans, width // block * size)
-        values = _decode(data, entry.dtype, self.gguf).reshape(total, *inner)
-        if not entry.shape:
-            return values.reshape(())
-        return values if order is None else values[order]
+        if len(entry.shape) < 2:  # a quantised vector's elements are not rows of bytes
+            whole = decode(self._bytes(entry, [(0, 1)], entry.end - entry.start), entry.dtype)
+            return whole.reshape(entry.shape)[... if rows is None else rows]
+        data = self.raw(name, rows)
+        return decode(data.reshape(-1), entry.dtype).reshape(len(data), *entry.shape[1:])
 
-    def _bytes(self, entry: Entry, spans: list[tuple[int, int]], row: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def raw(self, name: str, rows: Rows = None) -> Bytes:
+        entry = self.entries[name]
+        count = entry.shape[0] if entry.shape else 1
+        spans, order = _spans(rows, count)
+        total, width = sum(stop - start for start, stop in spans), (entry.end - entry.start) // max(count, 1)
+        if total * math.prod(entry.shape[1:]) * 4 > MAX_READ:
+            raise FormatError(f"{entry.file}: tensor {quote(name)}: {total:,} rows of {width:,} bytes are too many")
+        data = self._bytes(entry, spans, width).reshape(total, width)
+        return data if order is None else data[order]
+
+    def _bytes(self, entry: Entry, spans: list[tuple[int, int]], row: int) -> Bytes:
         out = np.empty(sum(stop - start for start, stop in spans) * row, dtype=np.uint8)
         at, view = 0, out.data
         with open_regular(entry.file) as file:
@@ -251,15 +252,16 @@ def _spans(rows: Rows, count: int) -> tuple[list[tuple[int, int]], IntArray | No
     return [(int(run[0]), int(run[-1]) + 1) for run in runs], order
 
 
-def _decode(data: np.ndarray[Any, np.dtype[np.uint8]], dtype: str, gguf: bool) -> Float32:
-    """Stored bytes to float32, flat."""
-    if gguf and dtype not in ("F32", "F16", "BF16"):
+def decode(data: Bytes, dtype: str) -> Float32:
+    """Stored bytes to float32, flat. `dtype` as in `Entry`."""
+    if dtype not in _PLAIN:
         try:
-            import gguf as library
+            import gguf
+            import gguf.quants
         except ImportError:
             raise require_extra("gguf", "models") from None
-        blocks = data.reshape(-1, _BLOCKS[dtype][1])
-        values: Float32 = library.quants.dequantize(blocks, library.GGMLQuantizationType[dtype])
+        blocks = data.reshape(-1, BLOCKS[dtype][1])
+        values: Float32 = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[dtype])
         return values.astype(np.float32, copy=False).reshape(-1)
     stored = data.view(_PLAIN[dtype])
     if dtype == "BF16":
@@ -300,6 +302,10 @@ class _Memory:
         found: Float32 = self._arrays[name] if rows is None else self._arrays[name][rows]
         self.bytes_read += found.nbytes
         return found
+
+    def raw(self, name: str, rows: Rows = None) -> Bytes:
+        found = np.ascontiguousarray(self.read(name, rows))
+        return found.view(np.uint8).reshape(len(found), -1)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         data = np.ascontiguousarray(self._arrays[name]).tobytes()
