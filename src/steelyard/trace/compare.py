@@ -53,8 +53,8 @@ class Suspect:
     @cached_property
     def digests(self) -> Mapping[str, Stored]:
         """By stored name, of all plain tensors, or of the small ones where the suspect is large; constant ones not."""
-        plain = {name: one for name, one in self.tensors.entries.items() if one.dtype in _PLAIN and one.end >
-        one.start} chosen, spent = [], 0
+        plain = {name: one for name, one in self.tensors.entries.items() if one.dtype in _PLAIN and one.end > one.start}
+        chosen, spent = [], 0
         for name, entry in sorted(plain.items(), key=lambda item: item[1].end - item[1].start):
             size = entry.end - entry.start
             if self.whole or (size <= SMALL and spent + size <= DIGEST_BUDGET):
@@ -155,8 +155,9 @@ class Order:
 
 def _neuron_rows(rows: Mapping[str, Rows], layer: int, *, swapped: bool = False) -> Rows | None:
     """Sampled gate and up rows of a layer side by side, each of length one: [n, 2 hidden]."""
-    gate, up = rows.get(layer_name(layer, UP if swapped else GATE)), rows.get(layer_name(layer, GATE if swapped else
-    UP)) if gate is None or up is None or gate.values.shape != up.values.shape:
+    parts = (UP, GATE) if swapped else (GATE, UP)
+    gate, up = (rows.get(layer_name(layer, part)) for part in parts)
+    if gate is None or up is None or gate.values.shape != up.values.shape:
         return None
     return Rows(gate.index, np.concatenate([unit_rows(gate.values), unit_rows(up.values)], axis=1))
 
@@ -198,8 +199,11 @@ def _ordered(theirs: Mapping[int, Rows], ours: Mapping[int, Rows], tries: int) -
         if found[0].share > 0.5 and len(theirs) == len(ours):
             return found
     cosines = np.array(
-        [[float((their.values * our.values).sum(axis=1).mean()) / 2 for our in ours.values()] for their in
-        theirs.values()] )
+        [
+            [float((their.values * our.values).sum(axis=1).mean()) / 2 for our in ours.values()]
+            for their in theirs.values()
+        ]
+    )
     chosen = dict(zip(theirs, (list(ours)[at] for at in _monotone(cosines)), strict=True))
     maps = log10_choices(len(ours) + len(theirs) - 1, len(theirs))
     found.append(_order(chosen, theirs, ours, penalty + maps))
@@ -267,16 +271,14 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
         cosines.append(mean)
         same += int((neurons[test.pairs[:, 0]] == reference.neurons[test.pairs[:, 1]]).sum())
     agreeing = sum(test.agreeing for _, test in pairs.values())
-    coverage = min(1.0, len(reference.neurons) / model.sizes.intermediate) if len(neurons) != len(reference.neurons)
-    else 1.0 if np.isin(neurons, reference.neurons).all() and same > agreeing / 2:
-        coverage = 1.0
+    permuted = same <= agreeing / 2
+    # A permuted neuron's counterpart is kept only if it is among those whose signatures are.
+    coverage = len(reference.neurons) / reference.sizes.intermediate if permuted else 1.0
     could = len(neurons) * len(pairs) * coverage
     embedding = unit_rows(suspect.embedding(reference.tokens))
     ours = unit_rows(reference.embedding)
     direct = float((embedding * ours).sum(axis=1).mean()) if embedding.shape == ours.shape else 0.0
-    return Signature(
-        log10_p, agreeing / could, float(np.mean(cosines)), same <= agreeing / 2, direct < 0.5, pairs
-    )
+    return Signature(log10_p, agreeing / could, float(np.mean(cosines)), permuted, direct < 0.5, pairs)
 
 
 def _read_neurons(intermediate: int, reference: Reference) -> IntArray:
@@ -354,8 +356,10 @@ def requantised_share(suspect: Suspect, reference: Reference, layers: Mapping[in
             name = layer_name(layer, part)
             entry = suspect.named.entries.get(name)
             our = reference.rows.get(_ours(name, layers))
-            if entry is None or our is None or entry.dtype not in REQUANTISED or entry.shape[1:] !=
-            our.values.shape[1:]: continue
+            if entry is None or our is None or entry.dtype not in REQUANTISED:
+                continue
+            if entry.shape[1:] != our.values.shape[1:] or our.index[-1] >= entry.shape[0]:
+                continue
             stored = suspect.tensors.raw(suspect.named.stored[name], our.index)
             shares.append(requantised(our.values, entry.dtype, stored))
     return float(np.mean(shares)) if shares else None
