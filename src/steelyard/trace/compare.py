@@ -260,7 +260,7 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
     if not there or EMBEDDING not in model.stored or model.sizes.vocab <= int(reference.tokens[-1]):
         return None
     chosen = sorted({there[len(there) * (2 * at + 1) // (2 * layers)] for at in range(layers)})
-    neurons = _read_neurons(model.sizes.intermediate, reference)
+    neurons = read_neurons(model.sizes.intermediate, reference)
     pairs: dict[int, tuple[int, Matched]] = {}
     log10_p, cosines, same = 0.0, [], 0
     for layer in chosen:
@@ -281,7 +281,7 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
     return Signature(log10_p, agreeing / could, float(np.mean(cosines)), permuted, direct < 0.5, pairs)
 
 
-def _read_neurons(intermediate: int, reference: Reference) -> IntArray:
+def read_neurons(intermediate: int, reference: Reference) -> IntArray:
     """Neurons to read: among those that are kept, so that an unpermuted copy is matched by all of them."""
     known = reference.neurons[reference.neurons < intermediate]
     count = min(NEURONS, len(known))
