@@ -13,7 +13,7 @@ import numpy as np
 
 from steelyard.base.errors import FormatError
 from steelyard.base.progress import Progress
-from steelyard.trace.digests import REQUANTISED, Found, Stored, requantised, stored_digests
+from steelyard.trace.digests import CASTS, REQUANTISED, Found, Stored, cast, requantised, stored_digests
 from steelyard.trace.independence import (
     Matched,
     closest_rows,
@@ -26,7 +26,7 @@ from steelyard.trace.independence import (
 from steelyard.trace.registry import Reference
 from steelyard.trace.roles import DOWN, EMBEDDING, GATE, UP, Named, hugging_face, layer_name
 from steelyard.trace.signature import NEURONS, Rows, embedding_rows, finite, sampled_rows, signatures
-from steelyard.trace.tensors import BLOCKS, FLOATS, Float32, IntArray, Tensors
+from steelyard.trace.tensors import BLOCKS, FLOATS, Float32, IntArray, Tensors, decode
 
 FULL = 1 << 30  # bytes of weights up to which every tensor is hashed; of larger suspects only small tensors
 SMALL = 64 << 10
@@ -111,10 +111,12 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Suspect tensors whose bytes are ours, of how many hashed; by stored name what was found."""
+    """Suspect tensors whose bytes are ours, of how many hashed; by stored name what was found. `complete`: every
+    tensor was hashed, and none is of a quantised type, whose bytes no table holds."""
 
     found: Mapping[str, Sequence[Found]]
     hashed: int
+    complete: bool
 
     @property
     def all(self) -> bool:
@@ -135,7 +137,7 @@ def by_bytes(suspect: Suspect, reference: Reference) -> Bytes:
         for name, one in reordered.items():
             if name not in found and (hits := reference.table.find(one.sha256)):
                 found[name] = hits
-    return Bytes(found, len(suspect.digests))
+    return Bytes(found, len(suspect.digests), suspect.whole and not suspect.quantised)
 
 
 # --- by order
@@ -318,6 +320,12 @@ class Pair:
     name: str
     suspect: Float32
     ours: Float32
+
+    @property
+    def equal(self) -> bool:
+        """Whether the values are ours, or ours cast to a type that people cast to."""
+        rounded = (decode(cast(self.ours, kind), kind).reshape(self.ours.shape) for kind in CASTS)
+        return any(np.array_equal(self.suspect, one) for one in rounded)
 
     @property
     def distance(self) -> float:

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ _TYPE_NOISE = {"BF16": 0.0018, "F16": 0.0003, "Q8_0": 0.008, "Q5_1": 0.05, "Q5_0
 @dataclass(frozen=True)
 class Relation:
     """The suspect and one registered model. `log10_p`: of evidence so strong where the two are independent;
-    `distance`: median relative distance of the matrices; `changes`: what was done, as far as the weights show it."""
+    `distance`: mean relative distance of the matrices; `changes`: what was done, as far as the weights show it."""
 
     name: str
     kind: str
@@ -164,7 +165,7 @@ class _Found:
             return Relation(reference.name, reference.kind, UNRELATED, **facts)
         facts["distance"] = self.distance
         changes = self._changes(suspect)
-        if self.bytes.all:
+        if self.copied:
             verdict = EXACT if self._unchanged(suspect) else SAME
         elif self.share is not None and not self.share.derived:
             verdict = SIBLING
@@ -174,9 +175,16 @@ class _Found:
             verdict = DERIVED
         return Relation(reference.name, reference.kind, verdict, changes, **facts)
 
+    @cached_property
+    def copied(self) -> bool:
+        """Whether it is a copy: every tensor's bytes are ours, or of a large one all that was hashed and sampled."""
+        if self.bytes.complete or not self.bytes.all:
+            return self.bytes.all
+        return bool(self.pairs) and all(pair.equal for pair in self.pairs)
+
     @property
     def distance(self) -> float | None:
-        if self.bytes.all:
+        if self.copied:
             return 0.0
         distances = [pair.distance for pair in self.pairs if pair.ours.ndim == 2]
         if distances:
@@ -198,6 +206,8 @@ class _Found:
 
     def _evidence(self) -> list[str]:
         found = []
+        if self.copied and not self.bytes.complete:
+            found.append(f"sampled rows of {len(self.pairs)} tensors are ours")
         if self.bytes.hashed:
             found.append(f"{len(self.bytes.found)} of {self.bytes.hashed} hashed tensors are ours to the byte")
         if self.order is not None:
@@ -209,7 +219,7 @@ class _Found:
         return found
 
     def _changes(self, suspect: Suspect) -> tuple[str, ...]:
-        if self.bytes.all:
+        if self.copied:
             return self._copied(suspect)
         sizes, ours = suspect.named.sizes, self.reference.sizes
         found = []
@@ -235,9 +245,9 @@ class _Found:
             found.append("renamed")
         if len({one.file for one in entries.values()}) != len(self.reference.files):
             found.append("re-sharded")
-        reached = {hit.tensor for one in hits.values() for hit in one}
-        if any(one.digests and one.name not in reached for one in self.reference.tensors):
-            found.append("some tensors left out" if suspect.whole else "small tensors only")
+        missing = sum(one.name not in {pair.name for pair in self.pairs} for one in self.reference.tensors)
+        if missing:
+            found.append("tensors left out")
         return tuple(found)
 
     def _row_changes(self, suspect: Suspect, matrices: Sequence[Pair]) -> list[str]:

@@ -29,7 +29,7 @@ from steelyard.base.progress import Progress, Silent
 from steelyard.ledger.ledger import Event, Ledger
 from steelyard.model.identity import subject_and_files
 from steelyard.trace.digests import Table, TensorDigests, tensor_digests
-from steelyard.trace.roles import EMBEDDING, GATE, UP, Sizes, hugging_face, layer_name
+from steelyard.trace.roles import EMBEDDING, GATE, UP, Named, Sizes, hugging_face, layer_name
 from steelyard.trace.signature import (
     Rows,
     chosen_neurons,
@@ -157,7 +157,7 @@ def register(folder: Path, name: str, *, kind: str, ledger: Ledger, progress: Pr
     with tempfile.TemporaryDirectory(prefix="steelyard-trace-") as scratch:
         path = Path(scratch) / "reference.safetensors"
         listed = [WeightFile(file, (folder / file).stat().st_size, digest) for file, digest in sorted(files.items())]
-        _write(path, folder, listed, progress)
+        write_reference(path, folder, listed, progress=progress)
         artifact = ledger.put_file(path)
     return ledger.append(
         EVENT,
@@ -172,7 +172,13 @@ def register(folder: Path, name: str, *, kind: str, ledger: Ledger, progress: Pr
     )
 
 
-def _write(path: Path, folder: Path, files: Sequence[WeightFile], progress: Progress) -> None:
+def write_reference(
+    path: Path, folder: Path, files: Sequence[WeightFile], *, progress: Progress, digests: bool = True
+) -> None:
+    """Write the artifact of the model in `folder`; without `digests`, copies of it are found by rows alone.
+
+    Raises FormatError where it is no whole model of the LLaMA family.
+    """
     model = hugging_face(open_tensors(folder))
     sizes = model.sizes
     for needed in (EMBEDDING, *(layer_name(layer, part) for layer in range(sizes.layers) for part in (GATE, UP))):
@@ -180,7 +186,7 @@ def _write(path: Path, folder: Path, files: Sequence[WeightFile], progress: Prog
             raise FormatError(f"{folder}: lacks {needed}: register a whole model of the LLaMA family")
     if any(name != stored for name, stored in model.stored.items()):
         raise FormatError(f"{folder}: its tensors have other names than Hugging Face's: import it first")
-    digests = list(tensor_digests(model.tensors, progress))
+    table = list(tensor_digests(model.tensors, progress)) if digests else _undigested(model)
     tokens, neurons = chosen_tokens(sizes.vocab), chosen_neurons(sizes.intermediate)
     embedding = embedding_rows(model, tokens)
     arrays: dict[str, Any] = {"tokens": tokens, "neurons": neurons, "embedding": embedding}
@@ -196,7 +202,7 @@ def _write(path: Path, folder: Path, files: Sequence[WeightFile], progress: Prog
         "format": FORMAT,
         "files": [asdict(one) for one in files],
         "sizes": asdict(sizes),
-        "tensors": [asdict(one) for one in digests],
+        "tensors": [asdict(one) for one in table],
     }
     save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path, _metadata(facts))
 
@@ -205,22 +211,23 @@ def _metadata(facts: Mapping[str, Any]) -> dict[str, str]:
     return {"steelyard": canonical_json(dict(facts)).decode()}
 
 
+def _undigested(model: Named) -> list[TensorDigests]:
+    return [TensorDigests(name, entry.dtype, entry.shape, {}) for name, entry in model.entries.items()]
+
+
 def _load(ledger: Ledger, event: Event) -> Reference:
     payload = event.payload
     artifact = ledger.get_file(payload["artifact"])
+    where = Path(payload["folder"])
+    return read_reference(artifact, payload["name"], payload["kind"], payload["subject"], payload["weights"], where)
+
+
+def read_reference(artifact: Path, name: str, kind: Kind, subject: str, weights: str, folder: Path) -> Reference:
+    """The reference in an artifact. Raises SteelyardError where another version wrote it."""
     with safe_open(artifact, framework="np") as file:
         facts = json.loads((file.metadata() or {}).get("steelyard", "{}"))
     if facts.get("format") != FORMAT:
-        raise SteelyardError(f"{artifact}: a registration of another format: register {payload['name']} anew")
+        raise SteelyardError(f"{artifact}: a registration of another format: register {name} anew")
     tensors = [TensorDigests(**(one | {"shape": tuple(one["shape"])})) for one in facts["tensors"]]
-    return Reference(
-        payload["name"],
-        payload["kind"],
-        payload["subject"],
-        payload["weights"],
-        Path(payload["folder"]),
-        [WeightFile(**one) for one in facts["files"]],
-        Sizes(**facts["sizes"]),
-        tensors,
-        artifact,
-    )
+    files = [WeightFile(**one) for one in facts["files"]]
+    return Reference(name, kind, subject, weights, folder, files, Sizes(**facts["sizes"]), tensors, artifact)
