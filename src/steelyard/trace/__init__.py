@@ -1,1 +1,1 @@
-"""Where do these weights come from: lineage, watermark, uncensoring, notices."""
+"""Where did these weights come from: digests, lineage, watermark, uncensoring, notices."""

@@ -1,0 +1,258 @@
+"""Lineage on built variants: `trace_lineage.py CACHE` (`make bench-trace`; CACHE is what `make trace-models` wrote).
+
+Every variant is traced against all registered models; a pair is right where the answer is "derived" (or a copy) of an
+ancestor, "shares an ancestor" for another model of the family, and "unrelated" else. [lineage_accuracy] counts pairs,
+[lineage_false] unrelated pairs called related: those of the models that were trained here, each also with the
+neurons of the suspect freshly permuted, which is the very chance that the p-value is about. [lineage_7b_seconds] is
+a sparse file of LLaMA 7B's shapes in bfloat16, 13.5 GB by its size.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import OUT
+from trace_models import pairs, read_index
+
+from steelyard.base.progress import default_progress
+from steelyard.cli.output import print_table
+from steelyard.ledger.ledger import Ledger
+from steelyard.trace.lineage import LEVEL, RELATED, SIBLING, UNRELATED, Relation, relate, trace
+from steelyard.trace.registry import Reference, Registry, register
+from steelyard.trace.roles import DOWN, GATE, UP, hugging_face, layer_name
+from steelyard.trace.tensors import Tensors, in_memory, open_tensors
+
+PERMUTATIONS = 8
+RIGHT = {"derived": RELATED, "sibling": (SIBLING,), "unrelated": (UNRELATED,)}
+SHAPES_7B = {"hidden": 4096, "intermediate": 11008, "layers": 32, "vocab": 32000}
+
+
+def registered(cache: Path, rows: list[dict[str, Any]], names: set[str]) -> dict[str, Reference]:
+    """The references by name, registered once in a ledger of the benchmark's own."""
+    by_name = {row["name"]: row for row in rows}
+    with Ledger(cache / "registry" / "ledger.sqlite") as ledger:
+        for name in sorted(names):
+            kind = "base" if name == "base" else "release"
+            register(Path(by_name[name]["path"]), name, kind=kind, ledger=ledger, progress=default_progress())
+        return {one.name: one for one in Registry.load(ledger).references if one.name in names}
+
+
+def all_pairs(cache: Path) -> tuple[list[dict[str, Any]], dict[str, Reference]]:
+    """A row for each pair: suspect, family, reference, truth, verdict, log10 p, seconds of the whole answer."""
+    rows = read_index(cache / "index.json")
+    wanted = pairs(rows)
+    references = registered(cache, rows, {reference["name"] for _, reference, _ in wanted})
+    by_suspect: dict[str, list[tuple[dict[str, Any], str]]] = defaultdict(list)
+    for suspect, reference, truth in wanted:
+        by_suspect[suspect["name"]].append((reference, truth))
+    found = []
+    for row in rows:
+        chosen = by_suspect[row["name"]]
+        if not chosen:
+            continue
+        answer = trace(Path(row["path"]), [references[one["name"]] for one, _ in chosen])
+        relations = {one.name: one for one in answer.relations}
+        for reference, truth in chosen:
+            relation = relations.get(reference["name"], Relation(reference["name"], "", answer.verdict))
+            found.append(_row(row, reference["name"], truth, relation) | {"seconds": answer.seconds})
+            print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return found, references
+
+
+def _row(row: dict[str, Any], reference: str, truth: str, relation: Relation) -> dict[str, Any]:
+    return {
+        "suspect": row["name"],
+        "family": row["family"],
+        "reference": reference,
+        "truth": truth,
+        "verdict": relation.verdict,
+        "changes": list(relation.changes),
+        "log10_p": relation.log10_p,
+        "distance": relation.distance,
+        "share": relation.share,
+        "share_error": relation.share_error,
+        "right": relation.verdict in RIGHT[truth],
+        "evidence": list(relation.evidence),
+    }
+
+
+def false_positives(cache: Path, references: dict[str, Reference]) -> tuple[int, int]:
+    """(pairs called related, pairs) over unrelated models of one width, with and without fresh permutations."""
+    rows = read_index(cache / "index.json")
+    small = [row for row in rows if "small" in row["family"] or row["family"].startswith("random")]
+    unrelated = {(suspect["name"], one["name"]) for suspect, one, truth in pairs(rows) if truth == "unrelated"}
+    random, related, count = np.random.default_rng(0), 0, 0
+    for row in small:
+        model = open_tensors(Path(row["path"]))
+        against = [one for name, one in references.items() if (row["name"], name) in unrelated]
+        against = [one for one in against if one.sizes.hidden == hugging_face(model).sizes.hidden]
+        for number in range(PERMUTATIONS + 1) if against else ():
+            for relation in relate(permuted(model, random) if number else model, against):
+                count += 1
+                related += relation.verdict != UNRELATED
+    return related, count
+
+
+def permuted(model: Tensors, random: np.random.Generator) -> Tensors:
+    """The same model with its neurons in another order."""
+    named = hugging_face(model)
+    tensors = {name: named.read(name) for name in named.stored}
+    for layer in named.layers:
+        order = random.permutation(named.sizes.intermediate)
+        for part in (GATE, UP):
+            tensors[layer_name(layer, part)] = tensors[layer_name(layer, part)][order]
+        tensors[layer_name(layer, DOWN)] = tensors[layer_name(layer, DOWN)][:, order]
+    found = in_memory(tensors)
+    found.config = model.config
+    return found
+
+
+# --- a model of LLaMA 7B's shapes
+# -------------------------------------------------------------------------------------
+
+
+def shapes_7b() -> dict[str, tuple[int, ...]]:
+    hidden, inner, vocab = SHAPES_7B["hidden"], SHAPES_7B["intermediate"], SHAPES_7B["vocab"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocab, hidden),
+    }
+    for layer in range(SHAPES_7B["layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        shapes |= {f"{prefix}self_attn.{one}_proj.weight": (hidden, hidden) for one in "qkvo"}
+        shapes |= {layer_name(layer, part): (inner, hidden) for part in (GATE, UP)}
+        shapes[layer_name(layer, DOWN)] = (hidden, inner)
+    return shapes
+
+
+def write_sparse(path: Path, seed: int, change: float = 0.0, order: int | None = None) -> None:
+    """A safetensors file of these shapes, sparse: the norms, and in each matrix every row that registry and comparison
+    may read, are written. `change`: relative noise on each value; `order`: seed of a permutation of the neurons."""
+    from steelyard.trace.digests import cast
+    from steelyard.trace.signature import chosen_neurons, chosen_tokens, sampled_rows
+    from steelyard.trace.tensors import Entry
+
+    header, at = {}, 0
+    for name, shape in shapes_7b().items():
+        size = int(np.prod(shape)) * 2
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        file.truncate(start + at)
+        for number, (name, shape) in enumerate(shapes_7b().items()):
+            random = np.random.default_rng((seed, number))
+            rows = sampled_rows(Entry(name, "BF16", shape, path, 0, 0))
+            if name == "model.embed_tokens.weight":
+                rows = np.union1d(rows, chosen_tokens(shape[0]))
+            if name.endswith((f"{GATE}.weight", f"{UP}.weight")):
+                rows = np.union1d(rows, chosen_neurons(shape[0]))
+            width = shape[1] if len(shape) > 1 else 1
+            values = random.normal(1.0 if len(shape) == 1 else 0.0, 0.02, (len(rows), width)).astype(np.float32)
+            values += change * 0.02 * np.random.default_rng((9, number)).normal(size=values.shape).astype(np.float32)
+            if order is not None and name.endswith((f"{GATE}.weight", f"{UP}.weight")):
+                values = values[np.random.default_rng((order, int(name.split(".")[2]))).permutation(len(values))]
+            data = cast(np.ascontiguousarray(values), "BF16").reshape(len(rows), -1)
+            base = start + header[name]["data_offsets"][0]
+            for row, raw in zip(rows, data, strict=True):
+                file.seek(base + int(row) * width * 2)
+                file.write(raw.tobytes())
+
+
+def seven_billion(folder: Path) -> list[dict[str, Any]]:
+    """Trace a fine-tuned, a permuted and an unrelated suspect of 7B; seconds, bytes read and verdict of each."""
+    from steelyard.trace import registry
+
+    config = {"num_attention_heads": 32, "num_key_value_heads": 32}
+    (folder / "ours").mkdir(parents=True)
+    (folder / "ours" / "config.json").write_text(json.dumps(config))
+    write_sparse(folder / "ours" / "model.safetensors", 1)
+    artifact = folder / "reference.safetensors"
+    # The digests of 13 GB are beside the point here: what a large suspect is compared with is rows and signatures.
+    registry.write_reference(artifact, folder / "ours", [], progress=default_progress(), digests=False)
+    reference = registry.read_reference(artifact, "ours", "release", "0" * 64, "0" * 64, folder / "ours")
+    found = []
+    for name, options in (
+        ("fine-tuned by 5%", {"seed": 1, "change": 0.05}),
+        ("permuted", {"seed": 1, "order": 3}),
+        ("unrelated", {"seed": 2}),
+    ):
+        path = folder / f"{name.split()[0]}.safetensors"
+        write_sparse(path, **options)  # type: ignore[arg-type]
+        start = time.monotonic()
+        answer = trace(path, [reference])
+        found.append(
+            {
+                "suspect": name,
+                "verdict": answer.verdict,
+                "changes": list(answer.relations[0].changes) if answer.relations else [],
+                "log10_p": answer.relations[0].log10_p if answer.relations else 0.0,
+                "seconds": time.monotonic() - start,
+                "megabytes": answer.bytes_read / 1e6,
+                "file_gigabytes": path.stat().st_size / 1e9,
+            }
+        )
+        path.unlink()
+    return found
+
+
+def main() -> None:
+    cache = Path(sys.argv[1])
+    found, references = all_pairs(cache)
+    families: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for one in found:
+        families[one["family"], one["truth"]].append(one)
+    table = [
+        (family, truth, str(len(rows)), str(sum(row["right"] for row in rows)),
+         f"{min(row['log10_p'] for row in rows):.0f} to {max(row['log10_p'] for row in rows):.0f}",
+         ", ".join(sorted({row["verdict"] for row in rows})))
+        for (family, truth), rows in sorted(families.items())
+    ]  # fmt: skip
+    print_table("Lineage", ("family", "truth", "pairs", "right", "log10 p", "verdicts"), table)
+    for one in found:
+        if not one["right"]:
+            print(f"wrong: {one['suspect']} / {one['reference']}: {one['verdict']}, truth {one['truth']}; {one}")
+    false, count = false_positives(cache, references)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        large = seven_billion(Path(scratch))
+    right = sum(one["right"] for one in found)
+    related = sum(one["truth"] == "derived" for one in found)
+    print_table(
+        "7B shapes",
+        ("suspect", "seconds", "MB read", "GB", "log10 p", "verdict"),
+        [(one["suspect"], f"{one['seconds']:.1f}", f"{one['megabytes']:.1f}", f"{one['file_gigabytes']:.1f}",
+          f"{one['log10_p']:.0f}", ", ".join((one["verdict"], *one["changes"]))) for one in large],
+    )  # fmt: skip
+    slow = [one["seconds"] for one, _ in product(found, (0,)) if one["suspect"] == "aligned"]
+    figures = {
+        "lineage_accuracy": right / len(found),
+        "pairs": len(found),
+        "derived_pairs": related,
+        "lineage_false": false,
+        "false_pairs": count,
+        "level_log10": LEVEL,
+        "lineage_7b_seconds": max(one["seconds"] for one in large),
+        "lineage_7b_megabytes": max(one["megabytes"] for one in large),
+        "smollm2_seconds": max(slow, default=float("nan")),
+    }
+    for name, value in figures.items():
+        print(f"[{name}] {value:g}")
+    OUT.mkdir(exist_ok=True)
+    (OUT / "trace_lineage.json").write_text(json.dumps({"figures": figures, "pairs": found, "7b": large}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

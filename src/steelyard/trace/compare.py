@@ -1,0 +1,373 @@
+"""One suspect against one registered model: by digests, by the order of its neurons, by its signature, by its rows.
+
+Each comparison reads what it needs of the suspect once, whatever the number of registered models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from steelyard.base.errors import FormatError
+from steelyard.base.progress import Progress
+from steelyard.trace.digests import CASTS, REQUANTISED, Found, Stored, cast, requantised, stored_digests
+from steelyard.trace.independence import (
+    Matched,
+    closest_rows,
+    log10_choices,
+    log10_matched,
+    log10_ordered,
+    matched_neurons,
+    unit_rows,
+)
+from steelyard.trace.registry import Reference
+from steelyard.trace.roles import DOWN, EMBEDDING, GATE, UP, Named, hugging_face, layer_name
+from steelyard.trace.signature import NEURONS, Rows, embedding_rows, finite, sampled_rows, signatures
+from steelyard.trace.tensors import BLOCKS, FLOATS, Float32, IntArray, Tensors, decode
+
+FULL = 1 << 30  # bytes of weights up to which every tensor is hashed; of larger suspects only small tensors
+SMALL = 64 << 10
+DIGEST_BUDGET = 2 << 20
+SIGNATURE_LAYERS = 3
+_PLAIN = frozenset(("F64", "F32", "F16", "BF16"))
+
+
+class Suspect:
+    """An opened suspect and what was read of it."""
+
+    def __init__(self, tensors: Tensors, *, full: bool | None, progress: Progress) -> None:
+        self.tensors, self.progress = tensors, progress
+        size = sum(entry.end - entry.start for entry in tensors.entries.values())
+        self.whole = size <= FULL if full is None else full
+        self._signatures: dict[tuple[bytes, bytes, int], tuple[Float32, Float32]] = {}
+        self._embeddings: dict[bytes, Float32] = {}
+
+    @cached_property
+    def named(self) -> Named:
+        """Its tensors by Hugging Face name. Raises FormatError where it is no model of the family."""
+        return hugging_face(self.tensors)
+
+    @cached_property
+    def digests(self) -> Mapping[str, Stored]:
+        """By stored name, of all plain tensors, or of the small ones where the suspect is large; constant ones not."""
+        plain = {name: one for name, one in self.tensors.entries.items() if one.dtype in _PLAIN and one.end > one.start}
+        chosen, spent = [], 0
+        for name, entry in sorted(plain.items(), key=lambda item: item[1].end - item[1].start):
+            size = entry.end - entry.start
+            if self.whole or (size <= SMALL and spent + size <= DIGEST_BUDGET):
+                chosen.append(name)
+                spent += size
+        found = stored_digests(self.tensors, chosen, progress=self.progress)
+        bad = sorted(name for name, one in found.items() if not one.finite)
+        if bad:
+            raise FormatError(f"not finite: {len(bad)} tensors hold NaN or infinity, {bad[0]!r} first")
+        return {name: one for name, one in found.items() if not one.constant}
+
+    @cached_property
+    def reordered(self) -> Mapping[str, Stored]:
+        """Digests of query and key tensors with their rows put into Hugging Face's order, where the format has
+        another.
+        """
+        orders = {stored: self.named.stored_rows(name) for name, stored in self.named.stored.items()}
+        known = {name: order for name, order in orders.items() if order is not None and name in self.digests}
+        return stored_digests(self.tensors, list(known), row_order=known)
+
+    @cached_property
+    def rows(self) -> Mapping[str, Rows]:
+        """The sampled rows of every tensor by Hugging Face name."""
+        found = {}
+        for name, entry in self.named.entries.items():
+            if entry.dtype in FLOATS and (len(entry.shape) < 2 or entry.shape[0] > 0):
+                index = sampled_rows(entry)
+                found[name] = Rows(index, finite(self.named.read(name, index), self.named.stored[name]))
+        return found
+
+    def embedding(self, tokens: IntArray) -> Float32:
+        """Embedding rows of these tokens."""
+        key = tokens.tobytes()
+        if key not in self._embeddings:
+            self._embeddings[key] = embedding_rows(self.named, tokens)
+        return self._embeddings[key]
+
+    def signatures(self, layer: int, neurons: IntArray, tokens: IntArray) -> tuple[Float32, Float32]:
+        """Signatures of a layer's neurons over these tokens."""
+        key = (neurons.tobytes(), tokens.tobytes(), layer)
+        if key not in self._signatures:
+            self._signatures[key] = signatures(self.named, layer, neurons, self.embedding(tokens))
+        return self._signatures[key]
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any tensor is of a quantised GGUF type."""
+        return any(entry.dtype not in _PLAIN and entry.dtype in BLOCKS for entry in self.tensors.entries.values())
+
+
+# --- by digests
+# -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Suspect tensors whose bytes are ours, of how many hashed; by stored name what was found. `complete`: every
+    tensor was hashed, and none is of a quantised type, whose bytes no table holds."""
+
+    found: Mapping[str, Sequence[Found]]
+    hashed: int
+    complete: bool
+
+    @property
+    def all(self) -> bool:
+        return self.hashed > 0 and len(self.found) == self.hashed
+
+
+def by_bytes(suspect: Suspect, reference: Reference) -> Bytes:
+    """Look every digest of the suspect up among the reference's."""
+    found = {}
+    for name, one in suspect.digests.items():
+        if hits := reference.table.find(one.sha256):
+            found[name] = hits
+    if len(found) < len(suspect.digests):
+        try:
+            reordered = suspect.reordered
+        except FormatError:  # names and shapes of no known model: bytes are all there is
+            reordered = {}
+        for name, one in reordered.items():
+            if name not in found and (hits := reference.table.find(one.sha256)):
+                found[name] = hits
+    return Bytes(found, len(suspect.digests), suspect.whole and not suspect.quantised)
+
+
+# --- by order
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """The ordered test over all layers. `layers`: suspect layer -> ours; `share` of rows whose closest is their
+    own.
+    """
+
+    log10_p: float
+    share: float
+    layers: Mapping[int, int]
+
+
+def _neuron_rows(rows: Mapping[str, Rows], layer: int, *, swapped: bool = False) -> Rows | None:
+    """Sampled gate and up rows of a layer side by side, each of length one: [n, 2 hidden]."""
+    parts = (UP, GATE) if swapped else (GATE, UP)
+    gate, up = (rows.get(layer_name(layer, part)) for part in parts)
+    if gate is None or up is None or gate.values.shape != up.values.shape:
+        return None
+    return Rows(gate.index, np.concatenate([unit_rows(gate.values), unit_rows(up.values)], axis=1))
+
+
+def by_order(suspect: Suspect, reference: Reference) -> Order | None:
+    """Do the suspect's neurons stand where ours do? None where it has no layer to compare.
+
+    Layers are compared by number first; where that shows nothing, by the best map of suspect layers to ours that keeps
+    their order (layers removed or repeated), at the price of Bonferroni's factor for all such maps.
+    """
+    numbers = list(range(reference.sizes.layers))
+    ours = {layer: found for layer in numbers if (found := _neuron_rows(reference.rows, layer))}
+    best: Order | None = None
+    for swapped in (False, True) if suspect.named.guessed else (False,):
+        theirs = {
+            layer: found
+            for layer in suspect.named.layers
+            if (found := _neuron_rows(suspect.rows, layer, swapped=swapped))
+        }
+        for order in _ordered(theirs, ours, 2 if suspect.named.guessed else 1):
+            if best is None or order.log10_p < best.log10_p:
+                best = order
+    return best
+
+
+def _ordered(theirs: Mapping[int, Rows], ours: Mapping[int, Rows], tries: int) -> list[Order]:
+    if not theirs or not ours:
+        return []
+    index = next(iter(ours.values())).index
+    common = next(iter(theirs.values()))
+    if common.values.shape[1] != next(iter(ours.values())).values.shape[1]:
+        return []
+    if not np.array_equal(common.index, index):  # another number of neurons: other rows were sampled
+        return []
+    penalty = float(np.log10(2 * tries))
+    found = []
+    if all(layer in ours for layer in theirs):
+        found.append(_order({layer: layer for layer in theirs}, theirs, ours, penalty))
+        if found[0].share > 0.5 and len(theirs) == len(ours):
+            return found
+    cosines = np.array(
+        [
+            [float((their.values * our.values).sum(axis=1).mean()) / 2 for our in ours.values()]
+            for their in theirs.values()
+        ]
+    )
+    chosen = dict(zip(theirs, (list(ours)[at] for at in _monotone(cosines)), strict=True))
+    maps = log10_choices(len(ours) + len(theirs) - 1, len(theirs))
+    found.append(_order(chosen, theirs, ours, penalty + maps))
+    return found
+
+
+def _order(chosen: Mapping[int, int], theirs: Mapping[int, Rows], ours: Mapping[int, Rows], penalty: float) -> Order:
+    tests = [closest_rows(theirs[mine].values, ours[our].values) for mine, our in chosen.items()]
+    share = sum(one.observed for one in tests) / sum(one.rows for one in tests)
+    return Order(min(0.0, log10_ordered(tests) + penalty), share, chosen)
+
+
+def _monotone(gain: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[int]:
+    """For each row the column, never going back, with the largest sum."""
+    best, steps = gain[0].copy(), []
+    for row in gain[1:]:
+        running = np.maximum.accumulate(best)
+        origin = np.where(best == running, np.arange(len(best)), -1)
+        steps.append(np.maximum.accumulate(origin))
+        best = running + row
+    column = int(best.argmax())
+    chosen = [column]
+    for step in reversed(steps):
+        column = int(step[column])
+        chosen.append(column)
+    return chosen[::-1]
+
+
+# --- by signature
+# -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The matched test over some layers. `share`: neurons on which gate and up agree, of those that could;
+    `cosine`: their mean; `pairs`: per suspect layer our layer and the matched neurons."""
+
+    log10_p: float
+    share: float
+    cosine: float
+    permuted: bool
+    rotated: bool
+    pairs: Mapping[int, tuple[int, Matched]]
+
+
+def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE_LAYERS) -> Signature | None:
+    """Are our neurons there, in whatever order and rotation? None where the suspect lacks embedding or MLP.
+
+    Each layer's test is tried on all of ours: Bonferroni's factor is the number of our layers.
+    """
+    model = suspect.named
+    needed = {layer: all(layer_name(layer, part) in model.stored for part in (GATE, UP)) for layer in model.layers}
+    there = [layer for layer, whole in needed.items() if whole]
+    if not there or EMBEDDING not in model.stored or model.sizes.vocab <= int(reference.tokens[-1]):
+        return None
+    chosen = sorted({there[len(there) * (2 * at + 1) // (2 * layers)] for at in range(layers)})
+    neurons = read_neurons(model.sizes.intermediate, reference)
+    pairs: dict[int, tuple[int, Matched]] = {}
+    log10_p, cosines, same = 0.0, [], 0
+    for layer in chosen:
+        gate, up = suspect.signatures(layer, neurons, reference.tokens)
+        our, test, mean = _best_layer(gate, up, reference, swap=model.guessed)
+        pairs[layer] = (our, test)
+        log10_p += min(0.0, log10_matched(test) + np.log10(reference.sizes.layers * (2 if model.guessed else 1)))
+        cosines.append(mean)
+        same += int((neurons[test.pairs[:, 0]] == reference.neurons[test.pairs[:, 1]]).sum())
+    agreeing = sum(test.agreeing for _, test in pairs.values())
+    permuted = same <= agreeing / 2
+    # A permuted neuron's counterpart is kept only if it is among those whose signatures are.
+    coverage = len(reference.neurons) / reference.sizes.intermediate if permuted else 1.0
+    could = len(neurons) * len(pairs) * coverage
+    embedding = unit_rows(suspect.embedding(reference.tokens))
+    ours = unit_rows(reference.embedding)
+    direct = float((embedding * ours).sum(axis=1).mean()) if embedding.shape == ours.shape else 0.0
+    return Signature(log10_p, agreeing / could, float(np.mean(cosines)), permuted, direct < 0.5, pairs)
+
+
+def read_neurons(intermediate: int, reference: Reference) -> IntArray:
+    """Neurons to read: among those that are kept, so that an unpermuted copy is matched by all of them."""
+    known = reference.neurons[reference.neurons < intermediate]
+    count = min(NEURONS, len(known))
+    return known[:: max(1, len(known) // count)][:count]
+
+
+def _best_layer(gate: Float32, up: Float32, reference: Reference, *, swap: bool) -> tuple[int, Matched, float]:
+    best: tuple[int, int, bool] = (-1, 0, False)
+    for layer in range(reference.sizes.layers):
+        ours = reference.gate[layer].astype(np.float32), reference.up[layer].astype(np.float32)
+        for swapped in (False, True) if swap else (False,):
+            first, second = ours[::-1] if swapped else ours
+            agree = int(((gate @ first.T).argmax(axis=1) == (up @ second.T).argmax(axis=1)).sum())
+            best = max(best, (agree, layer, swapped))
+    _, layer, swapped = best
+    ours = reference.gate[layer].astype(np.float32), reference.up[layer].astype(np.float32)
+    first, second = ours[::-1] if swapped else ours
+    gates, ups = gate @ first.T, up @ second.T
+    test = matched_neurons(gates, ups) if gates.shape[0] <= gates.shape[1] else matched_neurons(gates.T, ups.T)
+    if not test.agreeing:
+        return layer, test, 0.0
+    rows, columns = test.pairs.T if gates.shape[0] <= gates.shape[1] else test.pairs.T[::-1]
+    return layer, test, float((gates[rows, columns].mean() + ups[rows, columns].mean()) / 2)
+
+
+# --- by rows
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Sampled rows of a suspect's tensor and of ours, [rows, width] each."""
+
+    name: str
+    suspect: Float32
+    ours: Float32
+
+    @property
+    def equal(self) -> bool:
+        """Whether the values are ours, or ours cast to a type that people cast to."""
+        rounded = (decode(cast(self.ours, kind), kind).reshape(self.ours.shape) for kind in CASTS)
+        return any(np.array_equal(self.suspect, one) for one in rounded)
+
+    @property
+    def distance(self) -> float:
+        """Relative distance: |suspect - ours| / |ours|."""
+        return float(np.linalg.norm(self.suspect - self.ours) / max(float(np.linalg.norm(self.ours)), 1e-30))
+
+
+def paired_rows(suspect: Suspect, reference: Reference, layers: Mapping[int, int]) -> list[Pair]:
+    """Rows of the tensors that both have, our layers taken by `layers`; under the suspect's names."""
+    found = []
+    for name, theirs in suspect.rows.items():
+        our = reference.rows.get(_ours(name, layers))
+        if our is None or our.values.shape[1:] != theirs.values.shape[1:] or not len(our.index):
+            continue
+        if np.array_equal(our.index, theirs.index):
+            found.append(Pair(name, theirs.values, our.values))
+        elif our.index[-1] < suspect.named.entries[name].shape[0]:  # rows were added: ours are read
+            values = finite(suspect.named.read(name, our.index), name)
+            found.append(Pair(name, values, our.values))
+    return found
+
+
+def _ours(name: str, layers: Mapping[int, int]) -> str:
+    if not name.startswith("model.layers."):
+        return name
+    head, _, rest = name.removeprefix("model.layers.").partition(".")
+    return f"model.layers.{layers.get(int(head), int(head))}.{rest}"
+
+
+def requantised_share(suspect: Suspect, reference: Reference, layers: Mapping[int, int]) -> float | None:
+    """The share of quantised blocks, in the MLP's sampled rows, that quantising ours gives to the byte; None where no
+    tensor is of a type that can be made here."""
+    shares = []
+    for layer in suspect.named.layers:
+        for part in (GATE, UP, DOWN):
+            name = layer_name(layer, part)
+            entry = suspect.named.entries.get(name)
+            our = reference.rows.get(_ours(name, layers))
+            if entry is None or our is None or entry.dtype not in REQUANTISED:
+                continue
+            if entry.shape[1:] != our.values.shape[1:] or our.index[-1] >= entry.shape[0]:
+                continue
+            stored = suspect.tensors.raw(suspect.named.stored[name], our.index)
+            shares.append(requantised(our.values, entry.dtype, stored))
+    return float(np.mean(shares)) if shares else None

@@ -1,0 +1,350 @@
+"""Is this our model? One suspect against every registered one, cheapest first, with evidence and a probability.
+
+Headers say which registered models have its shapes; digests find copies; the order of the neurons finds what was
+fine-tuned, merged, pruned or quantised; the signature finds what was permuted or rotated; sampled rows say how far
+it is, and which of several related models it was made from.
+
+    >>> answer = trace(Path("suspect"), registry.references)
+    >>> answer.verdict, answer.nearest.name, answer.nearest.log10_p
+    ('derived', 'smollm2', -57.0)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steelyard.base.errors import FormatError
+from steelyard.base.progress import Progress, Silent
+from steelyard.trace.attribution import Share, shares
+from steelyard.trace.compare import (
+    Bytes,
+    Order,
+    Pair,
+    Signature,
+    Suspect,
+    by_bytes,
+    by_order,
+    by_signature,
+    paired_rows,
+    read_neurons,
+    requantised_share,
+)
+from steelyard.trace.registry import Reference
+from steelyard.trace.roles import EMBEDDING
+from steelyard.trace.tensors import Float32, Tensors, open_tensors
+
+EXACT, SAME, QUANTISED, DERIVED = "exact copy", "same tensors", "quantised", "derived"
+SIBLING, UNRELATED, UNREADABLE = "shares an ancestor", "unrelated", "unreadable"
+RELATED = (EXACT, SAME, QUANTISED, DERIVED)
+
+LEVEL = -6.0  # log10 of the p-value, corrected for everything that was tried, from which models count as related
+LEAST_AGREEING = 0.2  # share of neurons whose gate and up matchings must agree: independent models share 1-5% of theirs
+SHA256_LOG10 = -77.0  # two different tensors have one SHA-256 with probability 2^-256
+# Relative error that quantising LLaMA-like weights to a type makes, for types that cannot be made here.
+_QUANTISED_NOISE = {"Q6_K": 0.03, "Q5_K": 0.06, "Q4_K": 0.11, "Q3_K": 0.22, "Q2_K": 0.45}
+_TYPE_NOISE = {"BF16": 0.0018, "F16": 0.0003, "Q8_0": 0.008, "Q5_1": 0.05, "Q5_0": 0.06, "Q4_1": 0.09, "Q4_0": 0.11}
+
+
+@dataclass(frozen=True)
+class Relation:
+    """The suspect and one registered model. `log10_p`: of evidence so strong where the two are independent;
+    `distance`: mean relative distance of the matrices; `changes`: what was done, as far as the weights show it."""
+
+    name: str
+    kind: str
+    verdict: str
+    changes: tuple[str, ...] = ()
+    log10_p: float = 0.0
+    distance: float | None = None
+    share: float | None = None
+    share_error: float | None = None
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a suspect is: the verdict about the nearest registered model, and every other one's."""
+
+    suspect: str
+    verdict: str
+    nearest: Relation | None
+    relations: Sequence[Relation] = ()
+    reason: str = ""
+    bytes_read: int = 0
+    seconds: float = 0.0
+    digests: Mapping[str, int] = field(default_factory=dict)
+
+
+def trace(
+    path: Path, references: Sequence[Reference], *, full: bool | None = None, progress: Progress | None = None
+) -> Answer:
+    """The answer for a safetensors file, a model folder or a GGUF; never raises for what the suspect holds.
+
+    `full`: hash every tensor, however large (default: of models up to 1 GiB).
+    """
+    start = time.monotonic()
+    tensors: Tensors | None = None
+    try:
+        tensors = open_tensors(path)
+        relations = relate(tensors, references, full=full, progress=progress)
+        best = nearest(relations)
+        answer = Answer(str(path), best.verdict if best else UNRELATED, best, relations)
+    except FormatError as error:
+        answer = Answer(str(path), UNREADABLE, None, reason=str(error))
+    except OSError as error:
+        answer = Answer(str(path), UNREADABLE, None, reason=f"{path}: cannot be read: {error.strerror}")
+    read = tensors.bytes_read if tensors is not None else 0
+    spent = time.monotonic() - start
+    return Answer(answer.suspect, answer.verdict, answer.nearest, answer.relations, answer.reason, read, spent)
+
+
+def nearest(relations: Sequence[Relation]) -> Relation | None:
+    """The relation that answers the question: a copy before what was derived, and of these the closest."""
+    ranks = {EXACT: 0, SAME: 1, QUANTISED: 2, DERIVED: 2, SIBLING: 3}
+    known = [one for one in relations if one.verdict in ranks]
+    if not known:
+        return None
+    return min(known, key=lambda one: (ranks[one.verdict], math.inf if one.distance is None else one.distance))
+
+
+def fits(tensors: Tensors, reference: Reference) -> bool:
+    """From headers alone: whether any matrix of the suspect has rows or columns of the reference's width."""
+    width = reference.sizes.hidden
+    return any(width in entry.shape for entry in tensors.entries.values() if len(entry.shape) >= 2)
+
+
+def relate(
+    tensors: Tensors, references: Sequence[Reference], *, full: bool | None = None, progress: Progress | None = None
+) -> list[Relation]:
+    """The suspect's relation to each reference. Raises FormatError where it cannot be read or compared."""
+    suspect = Suspect(tensors, full=full, progress=progress or Silent())
+    found: list[_Found] = []
+    for reference in references:
+        if not fits(tensors, reference):
+            continue
+        found.append(_look(suspect, reference, len(references)))
+    related = [one for one in found if one.related]
+    _attribute(suspect, related)
+    known = {one.reference.name: one for one in found}
+    relations = []
+    for reference in references:
+        if reference.name in known:
+            relations.append(known[reference.name].relation(suspect))
+        else:
+            why = f"no matrix is {reference.sizes.hidden} wide"
+            relations.append(Relation(reference.name, reference.kind, UNRELATED, evidence=(why,)))
+    return relations
+
+
+@dataclass
+class _Found:
+    reference: Reference
+    bytes: Bytes
+    order: Order | None
+    signature: Signature | None
+    log10_p: float
+    related: bool
+    pairs: list[Pair] = field(default_factory=list)
+    share: Share | None = None
+    sole: bool = True  # no other member of the family is registered that could explain it
+
+    def relation(self, suspect: Suspect) -> Relation:
+        reference = self.reference
+        facts: dict[str, Any] = {"log10_p": max(self.log10_p, -300.0), "evidence": tuple(self._evidence())}
+        if self.share is not None:
+            facts |= {"share": self.share.value, "share_error": self.share.error}
+        if not self.related:
+            return Relation(reference.name, reference.kind, UNRELATED, **facts)
+        facts["distance"] = self.distance
+        changes = self._changes(suspect)
+        if self.copied:
+            verdict = EXACT if self._unchanged(suspect) else SAME
+        elif self.share is not None and not self.share.derived:
+            verdict = SIBLING
+        elif changes == ("quantised",):
+            verdict = QUANTISED
+        else:
+            verdict = DERIVED
+        return Relation(reference.name, reference.kind, verdict, changes, **facts)
+
+    @cached_property
+    def copied(self) -> bool:
+        """Whether it is a copy: every tensor's bytes are ours, or of a large one all that was hashed and sampled."""
+        if self.bytes.complete or not self.bytes.all:
+            return self.bytes.all
+        return bool(self.pairs) and all(pair.equal for pair in self.pairs)
+
+    @property
+    def distance(self) -> float | None:
+        if self.copied:
+            return 0.0
+        distances = [pair.distance for pair in self.pairs if pair.ours.ndim == 2]
+        if distances:
+            return float(np.mean(distances))
+        if self.signature is not None and self.signature.cosine > 0:
+            return math.sqrt(max(0.0, 2 - 2 * self.signature.cosine))
+        return None
+
+    def _unchanged(self, suspect: Suspect) -> bool:
+        """The same names, types and files: nothing but the place differs."""
+        entries = suspect.tensors.entries
+        plain = {one.name: (one.dtype, one.shape) for one in self.reference.tensors}
+        if {name: (one.dtype, one.shape) for name, one in entries.items()} != plain:
+            return False
+        if not all(any(hit.tensor == name for hit in hits) for name, hits in self.bytes.found.items()):
+            return False
+        sizes = sorted(path.stat().st_size for path in {one.file for one in entries.values()})
+        return sizes == sorted(one.size for one in self.reference.files)
+
+    def _evidence(self) -> list[str]:
+        found = []
+        if self.copied and not self.bytes.complete:
+            found.append(f"sampled rows of {len(self.pairs)} tensors are ours")
+        if self.bytes.hashed:
+            found.append(f"{len(self.bytes.found)} of {self.bytes.hashed} hashed tensors are ours to the byte")
+        if self.order is not None:
+            found.append(f"{self.order.share:.1%} of sampled neurons are closest to ours of the same place")
+        if self.signature is not None:
+            found.append(f"{self.signature.share:.1%} of neurons agree by gate and by up signature")
+        if self.share is not None:
+            found.append(f"share of this release's own change: {self.share.value:.3f} +- {self.share.error:.3f}")
+        return found
+
+    def _changes(self, suspect: Suspect) -> tuple[str, ...]:
+        if self.copied:
+            return self._copied(suspect)
+        sizes, ours = suspect.named.sizes, self.reference.sizes
+        found = []
+        if sizes.layers < ours.layers:
+            found.append("layers removed")
+        if sizes.layers > ours.layers:
+            found.append("layers added")
+        if sizes.vocab > ours.vocab:
+            found.append("vocabulary extended")
+        if self.signature is not None:
+            found += ["rotated"] * self.signature.rotated + ["permuted"] * self.signature.permuted
+        matrices = [pair for pair in self.pairs if pair.ours.ndim == 2]
+        if matrices and self.order is not None and self.signature is None:
+            found += self._row_changes(suspect, matrices)
+        return tuple(found) or ("some tensors",)
+
+    def _copied(self, suspect: Suspect) -> tuple[str, ...]:
+        entries, hits = suspect.tensors.entries, self.bytes.found
+        found = []
+        if any(all(hit.cast for hit in one) for one in hits.values()):
+            found.append("cast")
+        if not all(any(hit.tensor == name for hit in one) for name, one in hits.items()):
+            found.append("renamed")
+        if len({one.file for one in entries.values()}) != len(self.reference.files):
+            found.append("re-sharded")
+        missing = sum(one.name not in {pair.name for pair in self.pairs} for one in self.reference.tensors)
+        if missing:
+            found.append("tensors left out")
+        return tuple(found)
+
+    def _row_changes(self, suspect: Suspect, matrices: Sequence[Pair]) -> list[str]:
+        found = []
+        zeros = np.mean([(pair.suspect == 0).mean() - (pair.ours == 0).mean() for pair in matrices])
+        if zeros > 0.05:
+            found.append("pruned")
+        noise, distance = _noise(suspect), float(np.median([pair.distance for pair in matrices]))
+        if suspect.quantised:
+            found.append("quantised")
+            equal = requantised_share(suspect, self.reference, self.order.layers if self.order else {})
+            if (equal is not None and equal < 0.5 and distance > 0) or (equal is None and distance > 1.3 * noise):
+                found.append("fine-tuned")
+        elif distance > 2 * noise and zeros <= 0.05:
+            scale = float(
+                np.median([float((p.suspect * p.ours).sum() / max((p.ours**2).sum(), 1e-30)) for p in matrices])
+            )
+            partial = self.share is not None and LEAST_MERGED < self.share.value < MOST_MERGED
+            found.append("merged" if scale < MOST_MERGED or partial else "fine-tuned")
+        return found
+
+
+LEAST_MERGED, MOST_MERGED = 0.05, 0.8
+
+
+def _noise(suspect: Suspect) -> float:
+    """The relative error that the suspect's type makes by itself, by the commonest type of its matrices."""
+    kinds = [
+        entry.dtype for name, entry in suspect.named.entries.items() if len(entry.shape) == 2 and name != EMBEDDING
+    ]
+    if not kinds:
+        return 0.0
+    kind = max(set(kinds), key=kinds.count)
+    return (_TYPE_NOISE | _QUANTISED_NOISE).get(kind, 0.0)
+
+
+def _look(suspect: Suspect, reference: Reference, count: int) -> _Found:
+    """Cheapest first: bytes, then the order of neurons, then the signature."""
+    same = by_bytes(suspect, reference)
+    tried = math.log10(count)
+    try:
+        order = by_order(suspect, reference)
+    except FormatError:
+        if same.found:
+            return _Found(reference, same, None, None, SHA256_LOG10, True)
+        raise
+    log10_p = SHA256_LOG10 if same.found else 0.0
+    if order is not None and min(0.0, order.log10_p + tried) <= LEVEL:
+        found = _Found(reference, same, order, None, min(log10_p, order.log10_p + tried), True)
+        found.pairs = paired_rows(suspect, reference, order.layers)
+        return found
+    signature = None if same.all else by_signature(suspect, reference)
+    if signature is not None:
+        signed = min(0.0, signature.log10_p + tried + math.log10(2))
+        if signed <= LEVEL and signature.share >= LEAST_AGREEING:
+            return _Found(reference, same, order, signature, min(log10_p, signed), True)
+        log10_p = min(log10_p, signed if signature.share >= LEAST_AGREEING else 0.0)
+    ordered = 0.0 if order is None else min(0.0, order.log10_p + tried)
+    return _Found(reference, same, order, signature, min(log10_p, ordered), bool(same.found))
+
+
+def _attribute(suspect: Suspect, related: Sequence[_Found]) -> None:
+    """Where a base and releases made from it are all related, the releases' shares."""
+    bases = [one for one in related if one.reference.kind == "base"]
+    releases = [one for one in related if one.reference.kind == "release"]
+    if not bases or not releases:
+        return
+    base = bases[0]
+    if base.order is not None and base.signature is None:
+        by_name = {id(one): {pair.name: pair for pair in one.pairs} for one in (base, *releases)}
+        names = [name for name in by_name[id(base)] if all(name in by_name[id(one)] for one in releases)]
+        blocks = {one.reference.name: [by_name[id(one)][name].ours for name in names] for one in releases}
+        found = shares(
+            [by_name[id(base)][name].suspect for name in names],
+            [by_name[id(base)][name].ours for name in names],
+            blocks,
+            _noise(suspect),
+        )
+    elif base.signature is not None:
+        found = _signature_shares(suspect, base, [one for one in releases if one.signature is not None])
+    else:
+        return
+    for one in releases:
+        one.share = found.get(one.reference.name)
+
+
+def _signature_shares(suspect: Suspect, base: _Found, releases: Sequence[_Found]) -> dict[str, Share]:
+    """The same over signatures, one block a neuron: for what was rotated, whose rows cannot be compared."""
+    assert base.signature is not None
+    theirs: list[Float32] = []
+    ours: dict[str, list[Float32]] = {one.reference.name: [] for one in (base, *releases)}
+    for layer, (number, matched) in base.signature.pairs.items():
+        neurons = read_neurons(suspect.named.sizes.intermediate, base.reference)
+        gate, up = suspect.signatures(layer, neurons, base.reference.tokens)
+        for row, column in matched.pairs:
+            for mine, part in ((gate, "gate"), (up, "up")):
+                theirs.append(mine[row])
+                for one in (base, *releases):
+                    ours[one.reference.name].append(getattr(one.reference, part)[number, column].astype(np.float32))
+    return shares(theirs, ours[base.reference.name], {one.reference.name: ours[one.reference.name] for one in releases})
