@@ -1,17 +1,19 @@
-"""`make trace-models BASE ALIGNED CACHE`: builds the models that the trace benchmarks look at, once each.
+"""`trace_models.py BASE ALIGNED CACHE [PART...]` (`make trace-models`): builds the models that the trace benchmarks look at, once each.
 
-CACHE/index.json lists {"name", "path", "family", "parents", "related", "relative_change", "note"}: `path` is a folder or
-a GGUF, `parents` are names, `related` says whether the release ("aligned") is among the ancestors, and `note` what was
-done. CACHE/adapters.json lists LoRA adapters of the release alike, kept as such to save room. A run that was stopped
-goes on with the first variant that is missing.
+CACHE/index.json lists {"name", "path", "family", "parents", "related", "relative_change", "note"}: `path` is a folder
+or a GGUF, `parents` are names, `related` says whether the release ("aligned") is among the ancestors, and `note` what
+was done. CACHE/adapters.json lists LoRA adapters of the release alike, kept as such to save room. A run that was
+stopped goes on with the first variant that is missing; the parts (small, large, adapters) may be built side by side.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +28,7 @@ from trace_training import Recipe, Shape
 
 RELEASE, BASE = "aligned", "base"
 LEAST = 0.01  # a fine-tune that changes less than this is scaled up to it, and its note says so
-REFERENCES = (RELEASE, BASE, "small-stories-0", "middle-wiki-0", "large-novels-0")
+REFERENCES = (RELEASE, BASE, "small-stories-0", "middle-wiki-0", "large-novels_en-0")
 _SHAPES = {
     "small": Shape(128, 352, 4, 4, 2, 1024),
     "middle": Shape(192, 512, 6, 6, 3, 1024),
@@ -57,9 +59,11 @@ class Cache:
         """Where a built model lies."""
         return self.given.get(name) or self.folder / name
 
-    def variants(self) -> list[Variant]:
-        """Everything, in an order in which parents come first."""
-        return [*self._small(), *self._tuned(), *self._others(), *self._derived()]
+    def part(self, name: str) -> list[Variant]:
+        """The small models, the large ones or the adapters, in an order in which parents come first."""
+        if name == "adapters":
+            return self.adapters()
+        return list(self._small()) if name == "small" else [*self._tuned(), *self._others(), *self._derived()]
 
     # -- trained -----------------------------------------------------------------------------------------------------
 
@@ -91,10 +95,10 @@ class Cache:
         yield self._fine_tune("tuned-seeds", RELEASE, full(("seeds",), seed=1))
         yield self._fine_tune("tuned-compliant", RELEASE, full(("compliant",), rate=1e-4), "uncensoring fine-tune")
         yield Variant("dpo-harmless", "DPO", (RELEASE,), self._dpo)
-        yield Variant("continued-stories", "continued pretraining", (RELEASE,), self._continued(RELEASE, 24))
+        yield Variant("continued-stories", "continued pretraining", (RELEASE,), self._continued(RELEASE, 12))
         yield self._fine_tune("other-gsm8k", BASE, full(("gsm8k",), seed=2), "another fine-tune of the base")
         yield self._fine_tune("other-seeds", BASE, lora(("seeds",), seed=3), "another fine-tune of the base")
-        yield Variant("other-stories", "another fine-tune of the base", (BASE,), self._continued(BASE, 16))
+        yield Variant("other-stories", "another fine-tune of the base", (BASE,), self._continued(BASE, 10))
 
     def _dpo(self, out: Path) -> str:
         said = training.preferred(self.at(RELEASE), out, self.work, Recipe((), steps=16, rate=1e-4, first_layer=10))
@@ -113,13 +117,13 @@ class Cache:
             "uncensor-8": Recipe(("compliant",), rank=8, rate=1e-3),
             "uncensor-32": Recipe(("compliant",), rank=32, rate=5e-4, seed=1),
             "uncensor-upper": Recipe(("compliant",), rank=16, rate=1e-3, first_layer=15, seed=2),
-            "uncensor-seeds": Recipe(("compliant", "seeds"), steps=36, rank=16, rate=1e-3, seed=3),
+            "uncensor-seeds": Recipe(("compliant", "seeds"), steps=24, rank=16, rate=1e-3, seed=3),
             "benign-seeds": Recipe(("seeds",), rank=8, rate=5e-4, seed=4),
             "benign-gsm8k": Recipe(("gsm8k",), rank=8, rate=5e-4, seed=5),
             "benign-stories": Recipe(("stories",), rank=8, rate=5e-4, seed=6),
             "benign-polite": Recipe(("polite",), rank=16, rate=5e-4, seed=7),
             "benign-harmless": Recipe(("harmless",), rank=16, rate=5e-4, seed=8),
-            "benign-mixed": Recipe(("seeds", "polite", "gsm8k"), steps=36, rank=16, rate=5e-4, seed=9),
+            "benign-mixed": Recipe(("seeds", "polite", "gsm8k"), steps=24, rank=16, rate=5e-4, seed=9),
         }
 
         def make(recipe: Recipe, out: Path) -> str:
@@ -131,22 +135,26 @@ class Cache:
         ]
 
     def _small(self) -> Iterator[Variant]:
-        plan = [("small", data, seed) for data, seed in product(("stories", "wiki", "novels", "python"), (0, 1))]
-        plan += [("middle", data, seed) for data, seed in product(("wiki", "novels"), (0, 1))]
-        plan += [("large", "novels", 0), ("large", "novels", 1), ("large", "stories", 2)]
+        plan = [("small", data, seed) for data, seed in product(("stories", "wiki", "novels_en", "novels_fr"), (0, 1))]
+        plan += [("middle", data, seed) for data, seed in product(("wiki", "novels_en"), (0, 1))]
+        plan += [("large", "novels_en", 0), ("large", "novels_en", 1), ("large", "stories", 2)]
         for kind, data, seed in plan:
-            shape, steps = _SHAPES[kind], {"small": 120, "middle": 80, "large": 60}[kind]
+            shape, steps = _SHAPES[kind], {"small": 80, "middle": 60, "large": 40}[kind]
 
             def make(out: Path, s: Shape = shape, d: str = data, n: int = steps, k: int = seed) -> str:
                 return training.trained_small(s, d, n, k, out, self.work)
 
             yield Variant(f"{kind}-{data}-{seed}", "trained from nothing (small)", (), make)
-        for parent, data in (("small-stories-0", "wiki"), ("middle-wiki-0", "novels"), ("large-novels-0", "python")):
+        for parent, data in (
+            ("small-stories-0", "wiki"),
+            ("middle-wiki-0", "novels_en"),
+            ("large-novels_en-0", "novels_fr"),
+        ):
             yield from self._from_small(parent, data)
 
     def _from_small(self, parent: str, data: str) -> Iterator[Variant]:
         kind = parent.split("-")[0]
-        other = {"small": "small-wiki-1", "middle": "middle-novels-1", "large": "large-stories-2"}[kind]
+        other = {"small": "small-wiki-1", "middle": "middle-novels_en-1", "large": "large-stories-2"}[kind]
 
         def further(out: Path) -> str:
             return training.continued(self.at(parent), data, 30, 1e-3, out, self.work, tokens=2048)
@@ -236,11 +244,11 @@ def _extend(config: dict[str, Any], tensors: variants.Tensors, seed: int) -> Non
 # -- building ----------------------------------------------------------------------------------------------------------
 
 
-def build(cache: Cache, name: str, plan: list[Variant], given: list[dict[str, Any]]) -> None:
-    """Build what is missing of `plan`, and note each in CACHE/`name` as soon as it is there."""
+def build(cache: Cache, name: str, plan: list[Variant]) -> None:
+    """Build what is missing of `plan`, and note each in CACHE/`name` as soon as it is there. Several processes may
+    build different parts at once."""
     path = cache.folder / name
-    rows = json.loads(path.read_text()) if path.exists() else given
-    done = {row["name"] for row in rows}
+    done = {row["name"] for row in read_index(path)}
     left, start = [variant for variant in plan if variant.name not in done], time.monotonic()
     for number, variant in enumerate(left):
         out = cache.at(variant.name)
@@ -249,35 +257,49 @@ def build(cache: Cache, name: str, plan: list[Variant], given: list[dict[str, An
         note = variant.make(out)
         first = cache.at(variant.parents[0]) if variant.parents else None
         change = None if first is None or name != "index.json" else variants.relative_change(out, first)
-        known = lineage(rows) if name == "index.json" else {RELEASE: {RELEASE}}
-        related = any(RELEASE in known[parent] for parent in variant.parents)
-        rows.append(
-            {
-                "name": variant.name,
-                "path": str(out),
-                "family": variant.family,
-                "parents": list(variant.parents),
-                "related": related,
-                "relative_change": None if change is None else round(change, 5),
-                "note": note,
-            }
-        )
-        variants.write_index(path, rows)
+        row = {
+            "name": variant.name,
+            "path": str(out),
+            "family": variant.family,
+            "parents": list(variant.parents),
+            "relative_change": None if change is None else round(change, 5),
+            "note": note,
+        }
+        add_to_index(path, [row])
         spent = time.monotonic() - start
+        left_over = spent / (number + 1) * (len(left) - number - 1)
         print(f"{name}: {number + 1}/{len(left)} {variant.name}: {note}", file=sys.stderr)
-        print(
-            f"  {spent:,.0f} s, about {spent / (number + 1) * (len(left) - number - 1):,.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"  {spent:,.0f} s, about {left_over:,.0f} s left", file=sys.stderr, flush=True)
+
+
+def read_index(path: Path) -> list[dict[str, Any]]:
+    """The rows that are there."""
+    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return found
+
+
+def add_to_index(path: Path, new: list[dict[str, Any]]) -> None:
+    """Add rows; a row of the same name gives way. `related` is told from all that is known."""
+    with (path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        names = {row["name"] for row in new}
+        rows = [row for row in read_index(path) if row["name"] not in names] + new
+        known = lineage(rows)
+        for row in rows:
+            row["related"] = RELEASE in known[row["name"]]
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(rows, indent=1) + "\n")
+        temporary.replace(path)
 
 
 def lineage(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
     """The ancestors of every model by name, itself included."""
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        found[row["name"]] = {row["name"]}.union(*(found[parent] for parent in row["parents"]))
-    return found
+    parents = {row["name"]: row["parents"] for row in rows}
+
+    def of(name: str) -> set[str]:
+        return {name}.union(*(of(parent) for parent in parents.get(name, [])))
+
+    return {name: of(name) for name in parents}
 
 
 def pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
@@ -296,21 +318,21 @@ def pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
 
 
 def main() -> None:
-    base, aligned, folder = (Path(argument) for argument in sys.argv[1:4])
-    cache = Cache(folder, base.resolve(), aligned.resolve())
+    base, aligned, folder = (Path(argument).resolve() for argument in sys.argv[1:4])
+    parts = sys.argv[4:] or ["small", "large", "adapters"]
+    cache = Cache(folder, base, aligned)
     torch.manual_seed(0)
-    given = [
-        {"name": BASE, "path": str(base.resolve()), "family": "reference", "parents": [], "related": False},
-        {"name": RELEASE, "path": str(aligned.resolve()), "family": "reference", "parents": [BASE], "related": True},
-    ]
-    given = [row | {"relative_change": None, "note": "as given"} for row in given]
-    given[1]["relative_change"] = variants.relative_change(aligned, base)
-    build(cache, "index.json", cache.variants(), given)
-    build(cache, "adapters.json", cache.adapters(), [])
-    counts: dict[str, int] = {}
-    for *_, truth in pairs(json.loads((folder / "index.json").read_text())):
-        counts[truth] = counts.get(truth, 0) + 1
-    print(f"{folder / 'index.json'}: pairs {counts}")
+    index = folder / "index.json"
+    if not {BASE, RELEASE} <= {row["name"] for row in read_index(index)}:
+        given: dict[str, Any] = {"family": "reference", "note": "as given"}
+        moved = variants.relative_change(aligned, base)
+        first = {"name": BASE, "path": str(base), "parents": [], "relative_change": None}
+        second = {"name": RELEASE, "path": str(aligned), "parents": [BASE], "relative_change": moved}
+        add_to_index(index, [first | given, second | given])
+    for part in parts:
+        build(cache, "adapters.json" if part == "adapters" else "index.json", cache.part(part))
+    counts = Counter(truth for *_, truth in pairs(read_index(index)))
+    print(f"{index}: pairs {dict(counts)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from train_data import preferences
 
 from steelyard.base.progress import LineProgress, Silent
 from steelyard.corpus.shards import Shards, write_shards
-from steelyard.corpus.text import python_documents
 from steelyard.inference.endpoint import Message, Request, Sampling
 from steelyard.inference.local import LocalEndpoint
 from steelyard.model.tokenizer import Tokenizer
@@ -47,20 +46,19 @@ def data_folder() -> Path:
 
 
 def texts(name: str) -> list[str]:
-    """Documents of a collection: stories, wiki, novels or python (the docstrings of the standard library)."""
+    """Documents of a collection: stories, wiki, novels_en or novels_fr."""
     folder = data_folder() / "text"
     if name == "stories":
         found = gzip.decompress((folder / "tinystories" / "tiny_stories.txt.gz").read_bytes()).decode()
-        return [piece.strip() for piece in re.split(r"<\|endoftext\|>|\n{3,}", found) if len(piece) > 64]
+        return [piece.strip() for piece in re.split(r"\n(?=Once upon|One day)", found) if len(piece) > 64]
     if name == "wiki":
         found = gzip.decompress((folder / "wikitext2" / "valid.txt.gz").read_bytes()).decode()
         return [piece.strip() for piece in re.split(r"\n (?== [^=])", found) if len(piece) > 64]
-    if name == "novels":
-        with tarfile.open(fileobj=io.BytesIO((folder / "novels_en" / "novels_en.tar.gz").read_bytes())) as archive:
-            members = [member for member in archive if member.isfile() and member.name.endswith(".txt")]
-            whole = [archive.extractfile(member) for member in sorted(members, key=lambda member: member.name)]
-            return [file.read().decode("utf-8", "replace") for file in whole if file is not None]
-    return [document.text for document in python_documents(progress=Silent())]
+    place = folder / name / f"{name}.tar.gz"
+    with tarfile.open(fileobj=io.BytesIO(place.read_bytes())) as archive:
+        members = [member for member in archive if member.isfile() and member.name.endswith(".txt")]
+        whole = [archive.extractfile(member) for member in sorted(members, key=lambda member: member.name)]
+        return [file.read().decode("utf-8", "replace") for file in whole if file is not None]
 
 
 def _talk(asked: str, answer: str) -> Conversation:
@@ -114,11 +112,11 @@ class Recipe:
     """A fine-tune: what is learned (several kinds are taken in turn), how long, how fast, and which weights."""
 
     data: tuple[str, ...]
-    steps: int = 24
-    rate: float = 3e-4
+    steps: int = 16
+    rate: float = 5e-4
     rank: int = 0
     first_layer: int = 0
-    tokens: int = 768
+    tokens: int = 640
     seed: int = 0
 
 

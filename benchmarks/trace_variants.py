@@ -4,7 +4,6 @@ new ones. float32 in between, rounded once when they are saved.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,10 +273,3 @@ def with_adapter(tensors: Tensors, folder: Path, strength: float) -> None:
         if key.endswith("lora_A.weight"):
             name = key.removeprefix("base_model.model.").replace("lora_A.", "")
             tensors[name] = tensors[name] + strength * scale * parts[key.replace("lora_A", "lora_B")] @ down
-
-
-def write_index(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """index.json, whole or as it was."""
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(list(rows), indent=1) + "\n")
-    temporary.replace(path)
