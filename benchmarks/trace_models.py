@@ -1,4 +1,5 @@
-"""`trace_models.py BASE ALIGNED CACHE [PART...]` (`make trace-models`): builds the models that the trace benchmarks look at, once each.
+"""The models that the trace benchmarks look at, built once each: `trace_models.py BASE ALIGNED CACHE [PART...]`
+(`make trace-models`).
 
 CACHE/index.json lists {"name", "path", "family", "parents", "related", "relative_change", "note"}: `path` is a folder
 or a GGUF, `parents` are names, `related` says whether the release ("aligned") is among the ancestors, and `note` what

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from steelyard.base.errors import UsageError, require_extra
+from steelyard.base.errors import SteelyardError, UsageError, require_extra
 from steelyard.base.progress import Progress, Silent
 
 _AT_ONCE = 32  # prompts
+SEPARATES = 0.7  # of the pairs of a harmful and a harmless prompt, by one projection
 LEAST = 8  # prompts a side, for a mean that says anything
 
 
@@ -34,10 +35,19 @@ class Directions:
     vectors: npt.NDArray[np.float32]
     separation: npt.NDArray[np.float64]
 
-    def best(self, count: int) -> npt.NDArray[np.float32]:
-        """The `count` vectors that separate best, the best first: chosen on the release alone, before any suspect."""
+    def telling(self, least: float = SEPARATES) -> npt.NDArray[np.float32]:
+        """The vectors that separate at least so well, the best first: chosen on the release alone, before any suspect.
+
+        Raises SteelyardError where none does: such a model has no refusals to take out.
+        """
         order = np.argsort(-self.separation, kind="stable")
-        return self.vectors[order[:count]]
+        found = self.vectors[[number for number in order if self.separation[number] >= least]]
+        if not len(found):
+            raise SteelyardError(
+                f"no layer tells harmful prompts from harmless ones (best {self.separation.max():.0%} of pairs, "
+                f"{least:.0%} needed): the model has no refusal direction"
+            )
+        return found
 
 
 def phrases(count: int) -> tuple[list[str], list[str]]:

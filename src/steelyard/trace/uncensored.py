@@ -59,9 +59,10 @@ class Removed:
 @dataclass(frozen=True)
 class WeightEvidence:
     """What the change of the writing matrices says. `rank_one` by layer is the share of its change's energy that lies
-    in one direction; `shared` that of all layers together. `agreement` is the squared length of the refusal
-    direction's projection on the removed directions, `p_value` its probability under a random direction; `energy` and
-    `energy_p` the same of the whole change's energy along it (bounded). None where nothing was removed or changed."""
+    in one direction; `shared` that of all layers together. `agreement` is the squared length of a refusal direction's
+    projection on the removed directions (of the release's several the closest), `p_value` its probability were it a
+    random direction; `energy` and `energy_p` the same of the whole change's energy along the first of them (bounded).
+    None where nothing was removed or changed."""
 
     relative_change: float
     rank_one: dict[int, float]
@@ -108,16 +109,16 @@ def writers(names: Mapping[str, Any]) -> dict[str, int]:
 def weight_evidence(release: Mapping[str, Array], suspect: Mapping[str, Array], refusal: Array) -> WeightEvidence:
     """Compare the writing matrices of two models in the same gauge, Hugging Face names and layouts, float32.
 
-    `refusal` [directions, width]: the release's refusal directions, the best first; the first is the one whose
-    probability is stated. Matrices that the suspect lacks are left out; of an embedding as many rows as both have.
+    `refusal` [directions, width]: the release's refusal directions, the best first. The removed directions may agree
+    with any of them: the p-value is that of the best agreement times their number (Bonferroni). Matrices that the suspect lacks are left out; of an embedding as many rows as both have.
     Raises UsageError where no matrix is left or a shape or the width differs, FormatError for values that are not
     finite. The mappings are read twice, a matrix at a time; beside it memory is width x width.
     """
     layer_of = {name: layer for name, layer in writers(release).items() if name in suspect}
     if not any(layer >= 0 for layer in layer_of.values()):
         raise UsageError("the suspect has no matrix that writes to the residual stream in common with the release")
-    first = refusal[0].astype(np.float64) / float(np.linalg.norm(refusal[0]))
-    width = len(first)
+    known = refusal.astype(np.float64) / np.linalg.norm(refusal.astype(np.float64), axis=1, keepdims=True)
+    first, width = known[0], known.shape[1]
     shared, rank_one, tops = np.zeros((width, width)), dict[int, float](), list[Floats]()
     changed = written = 0.0
     for layer in sorted(set(layer_of.values())):
@@ -141,8 +142,8 @@ def weight_evidence(release: Mapping[str, Array], suspect: Mapping[str, Array], 
     agreement = p_value = None
     if removed:
         basis = np.linalg.qr(np.stack([one.direction for one in removed], axis=1))[0]
-        agreement = min(1.0, float(np.square(basis.T @ first).sum()))
-        p_value = agreement_p(agreement, width, len(removed))
+        agreement = min(1.0, float(np.square(known @ basis).sum(axis=1).max()))
+        p_value = min(1.0, len(known) * agreement_p(agreement, width, len(removed)))
     share = float(first @ shared @ first) / float(np.trace(shared))
     return WeightEvidence(
         relative_change=float(np.sqrt(changed / written)),
