@@ -34,7 +34,14 @@ from steelyard.model.chat import Renderer
 from steelyard.model.llama import LlamaConfig, from_tensors
 from steelyard.model.tokenizer import Tokenizer
 from steelyard.scorers.registry import open_scorer
-from steelyard.trace.behaviour import BehaviourEvidence, behaviour_evidence, held_out_prompts, judge, refusals
+from steelyard.trace.behaviour import (
+    BehaviourEvidence,
+    Judgement,
+    behaviour_evidence,
+    held_out_prompts,
+    judge,
+    refusals,
+)
 from steelyard.trace.refusal_direction import Directions, phrases, refusal_directions
 from steelyard.trace.uncensored import Removed, WeightEvidence, weight_evidence
 from steelyard.train.safety_prompts import written_prompts
@@ -53,6 +60,9 @@ class Variant:
     label: Label
     family: str
     change: Change
+
+
+Row = tuple[Variant, WeightEvidence, BehaviourEvidence, Judgement]
 
 
 class Workshop:
@@ -241,18 +251,15 @@ def main() -> None:
     report(workshop.out, rows, release)
 
 
-def report(
-    out: Path, rows: Sequence[tuple[Variant, WeightEvidence, BehaviourEvidence, Any]], release: list[bool]
-) -> None:
+def report(out: Path, rows: Sequence[Row], release: list[bool]) -> None:
     """Print the table and the figures, and write them to OUT/results.json."""
     cells = []
     for variant, weights, behaviour, said in rows:
         p_value = "none" if weights.p_value is None else f"{weights.p_value:.0e}"
         taken = max((one.share for one in weights.removed), default=0.0)
         mark = f"{behaviour.suspect}/{behaviour.prompts}"
-        cells.append(
-            (variant.name, variant.label, f"{weights.relative_change:.1%}", f"{taken:.0%}", p_value, mark, said.verdict)
-        )
+        change = f"{weights.relative_change:.1%}"
+        cells.append((variant.name, variant.label, change, f"{taken:.0%}", p_value, mark, said.verdict))
     print(f"the release declines {sum(release)} of {len(release)}")
     header = ("variant", "made as", "change", "taken out", "p", "declines", "verdict")
     print_table("uncensored", header, cells)

@@ -78,7 +78,7 @@ def commit_prompts(ledger: Ledger, prompts: Sequence[str], suspect: str) -> str:
 def refusals(
     endpoint: Endpoint, prompts: Sequence[str], scorer: Scorer, *, progress: Progress | None = None
 ) -> list[bool]:
-    """Whether the model behind `endpoint` declines each prompt: greedy answers, the scorer's own threshold for `refusal`.
+    """Whether the model behind `endpoint` declines each prompt: greedy answers, the scorer's own threshold.
 
     Raises UsageError for no prompt and for a scorer that does not know refusals, SteelyardError where an answer cannot
     be judged (an answer left out would shift the pairs), and what generating raises.

@@ -110,9 +110,12 @@ def weight_evidence(release: Mapping[str, Array], suspect: Mapping[str, Array], 
     """Compare the writing matrices of two models in the same gauge, Hugging Face names and layouts, float32.
 
     `refusal` [directions, width]: the release's refusal directions, the best first. The removed directions may agree
-    with any of them: the p-value is that of the best agreement times their number (Bonferroni). Matrices that the suspect lacks are left out; of an embedding as many rows as both have.
+    with any of them: the p-value is that of the best agreement times their number (Bonferroni). Matrices that the
+    suspect lacks are left out; of an embedding as many rows are compared as both have. The mappings are read twice, a
+    matrix at a time; beside it memory is width x width.
+
     Raises UsageError where no matrix is left or a shape or the width differs, FormatError for values that are not
-    finite. The mappings are read twice, a matrix at a time; beside it memory is width x width.
+    finite.
     """
     layer_of = {name: layer for name, layer in writers(release).items() if name in suspect}
     if not any(layer >= 0 for layer in layer_of.values()):
