@@ -1,5 +1,5 @@
 """Uncensored variants of the quickstart's aligned model, told from benign ones: `trace_uncensored.py CACHE`, the folder
-of `make trace-models`.
+of `make trace-models`. Parts of the work (edits, uncensoring, benign), named behind it, may be measured side by side.
 
 Every variant is made in memory out of the release, the cached fine-tunes and adapters; its weight evidence and its
 refusals on the held-out prompts are kept in CACHE/uncensored/NAME.json, so a run that was stopped goes on. Labels say
@@ -50,6 +50,7 @@ Label = Literal["uncensored", "benign"]
 Change = Callable[[Tensors], None]
 PROGRESS = LineProgress(every=30.0)
 AUROC_BAR, FALSE_BAR = 0.95, 0.05
+PARTS = ("edits", "uncensoring", "benign")
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,10 @@ class Workshop:
 
     # -- the plan ------------------------------------------------------------------------------------------------------
 
-    def plan(self) -> list[Variant]:
-        """Every variant whose parts are in the cache."""
-        return [*self._edits(), *self._uncensoring(), *self._benign()]
+    def plan(self, parts: Sequence[str] = PARTS) -> list[Variant]:
+        """Every variant whose models are in the cache."""
+        made = {"edits": self._edits, "uncensoring": self._uncensoring, "benign": self._benign}
+        return [variant for part in parts for variant in made[part]()]
 
     def _edits(self) -> list[Variant]:
         vectors = torch.from_numpy(self.attacker().vectors)
@@ -234,13 +236,14 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
+    parts = sys.argv[2:] or PARTS
     workshop = Workshop(Path(sys.argv[1]))
     refusal = workshop.directions("detector", *phrases(128)).telling()
     before = workshop.out / "release.json"
     if not before.exists():
         write_atomic(before, json.dumps(workshop.declined(variants.load_tensors(workshop.folder))).encode())
     release = json.loads(before.read_bytes())
-    plan, rows, start = workshop.plan(), [], time.monotonic()
+    plan, rows, start = workshop.plan(parts), [], time.monotonic()
     for number, variant in enumerate(plan, start=1):
         kept = workshop.measure(variant, refusal)
         weights, behaviour = evidence_of(kept["weights"]), behaviour_evidence(release, kept["refusals"])
@@ -248,7 +251,8 @@ def main() -> None:
         spent = time.monotonic() - start
         left = spent / number * (len(plan) - number)
         print(f"{number}/{len(plan)} {variant.name}: {rows[-1][3].verdict}, {left:,.0f} s left", file=sys.stderr)
-    report(workshop.out, rows, release)
+    if parts == PARTS:
+        report(workshop.out, rows, release)
 
 
 def report(out: Path, rows: Sequence[Row], release: list[bool]) -> None:
