@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # llama.cpp is only a test oracle: -O1 halves the time of compiling it.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1
 
-.PHONY: run test lint bench bench-verify fuzz clean
+.PHONY: run test lint bench bench-verify trace-models fuzz clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.models: pyproject.toml constraints.txt
@@ -51,6 +51,12 @@ bench-verify: $(VENV)/.models
 bench-%: $(VENV)/.peer
 	@$(BIN)/steelyard run recipes/quickstart.yaml --until import >/dev/null
 	@PYTHONPATH=$(VENV)/peer $(BIN)/python benchmarks/$*.py $$(ls -td .steelyard/models/import-* | head -1)
+
+# The models that the trace benchmarks look at, built once from the quickstart's (an hour, 5 GB).
+trace-models: $(VENV)/.models
+	@$(BIN)/steelyard run recipes/quickstart.yaml --until align >/dev/null
+	@$(BIN)/python benchmarks/trace_models.py $$(ls -td .steelyard/models/import-* | head -1) \
+	  $$(ls -td .steelyard/models/align-* | head -1)/model .steelyard/trace-models
 
 # Coverage-guided, 5 minutes over all parsers of untrusted input; `make fuzz FUZZ=--quick` for 30 s.
 $(VENV)/.fuzz: $(VENV)/.dev

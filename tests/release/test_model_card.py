@@ -20,7 +20,7 @@ from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.release.card import BEGIN, END
 from steelyard.release.front_matter import split_card, with_metadata
 from steelyard.release.lineage import Ancestor, Dataset, Stage
-from steelyard.release.markup import code, escape, yaml_text
+from steelyard.safety.markup import code, escape, yaml_text
 
 HIS = """\
 ---

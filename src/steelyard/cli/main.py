@@ -20,6 +20,7 @@ from steelyard.cli import (
     ledger,
     measure,
     model,
+    notice,
     publish,
     published,
     release,
@@ -51,6 +52,7 @@ app.command("verify")(release.verify)
 app.command("publish")(publish.publish)
 app.command("withdraw")(withdraw.withdraw)
 app.command("releases")(withdraw.releases)
+app.command("notice")(notice.notice)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(safety.app, name="safety")

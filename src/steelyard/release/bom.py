@@ -21,10 +21,10 @@ from steelyard.release.evidence import Evidence
 from steelyard.release.gate import Decision
 from steelyard.release.licenses import License
 from steelyard.release.lineage import CARD, Ancestor, Dataset, Lineage
-from steelyard.release.markup import one_line
 from steelyard.release.results import battery_id, battery_name, bounds_note, languages, limits, results
 from steelyard.safety.battery import Battery
 from steelyard.safety.criteria import CriterionResult
+from steelyard.safety.markup import one_line
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import Report
 from steelyard.safety.words import percent

@@ -19,11 +19,11 @@ from steelyard.release.front_matter import split_card, with_metadata
 from steelyard.release.gate import Decision
 from steelyard.release.licenses import License
 from steelyard.release.lineage import CARD, Ancestor, Lineage, read_card
-from steelyard.release.markup import code, escape
 from steelyard.release.results import battery_id, battery_name, languages, limits, report_url, results
 from steelyard.safety.battery import Battery
 from steelyard.safety.criteria import CriterionResult, Status
 from steelyard.safety.markdown import render_markdown
+from steelyard.safety.markup import code, escape
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import PolicyView, Report
 from steelyard.safety.statistics import CONFIDENCE

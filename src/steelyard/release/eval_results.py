@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from steelyard.release.evidence import Evidence
-from steelyard.release.markup import yaml_text
 from steelyard.release.results import battery_id, report_url, results
 from steelyard.safety.criteria import CriterionResult
+from steelyard.safety.markup import yaml_text
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import Report
 from steelyard.safety.statistics import CONFIDENCE

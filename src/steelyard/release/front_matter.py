@@ -16,7 +16,7 @@ from typing import Any
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.yamlfile import SIZE_LIMIT, Document, parse_yaml
-from steelyard.release.markup import yaml_text
+from steelyard.safety.markup import yaml_text
 
 _LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n|\Z)")
 _FENCE = re.compile(r"---[ \t]*[\r\n]*")

@@ -16,8 +16,8 @@ from steelyard.base.errors import FormatError
 from steelyard.base.strict import strict_json
 from steelyard.release.attest import parse_time
 from steelyard.release.layout import MANIFEST
-from steelyard.release.markup import code, escape, one_line
 from steelyard.safety.html_parts import CSP, CSS, text
+from steelyard.safety.markup import code, escape, one_line
 
 if TYPE_CHECKING:
     from steelyard.release.withdrawal import Entry

@@ -1,0 +1,340 @@
+"""The models that the trace benchmarks look at, built once each: `trace_models.py BASE ALIGNED CACHE [PART...]`
+(`make trace-models`).
+
+CACHE/index.json lists {"name", "path", "family", "parents", "related", "relative_change", "note"}: `path` is a folder
+or a GGUF, `parents` are names, `related` says whether the release ("aligned") is among the ancestors, and `note` what
+was done. CACHE/adapters.json lists LoRA adapters of the release alike, kept as such to save room. A run that was
+stopped goes on with the first variant that is missing; the parts (small, large, adapters) may be built side by side.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import trace_training as training
+import trace_variants as variants
+from trace_training import Recipe, Shape
+
+RELEASE, BASE = "aligned", "base"
+LEAST = 0.01  # a fine-tune that changes less than this is scaled up to it, and its note says so
+REFERENCES = (RELEASE, BASE, "small-stories-0", "middle-wiki-0", "large-novels_en-0")
+_SHAPES = {
+    "small": Shape(128, 352, 4, 4, 2, 1024),
+    "middle": Shape(192, 512, 6, 6, 3, 1024),
+    "large": Shape(256, 688, 6, 8, 4, 2048),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model to build: `make` writes it to a path and says what it did."""
+
+    name: str
+    family: str
+    parents: tuple[str, ...]
+    make: Callable[[Path], str]
+    suffix: str = ""
+
+
+class Cache:
+    """The folder of built variants."""
+
+    def __init__(self, folder: Path, base: Path, aligned: Path) -> None:
+        self.folder, self.work = folder, folder / "work"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.given = {BASE: base, RELEASE: aligned}
+
+    def at(self, name: str) -> Path:
+        """Where a built model lies."""
+        return self.given.get(name) or self.folder / name
+
+    def part(self, name: str) -> list[Variant]:
+        """The small models, the large ones or the adapters, in an order in which parents come first."""
+        if name == "adapters":
+            return self.adapters()
+        return list(self._small()) if name == "small" else [*self._tuned(), *self._others(), *self._derived()]
+
+    # -- trained -----------------------------------------------------------------------------------------------------
+
+    def _fine_tune(self, name: str, parent: str, recipe: Recipe, family: str = "fine-tune") -> Variant:
+        def make(out: Path) -> str:
+            said = training.tuned(self.at(parent), recipe, out, self.at(BASE), self.work)
+            return f"{said}{self._at_least(out, self.at(parent))}"
+
+        return Variant(name, family, (parent,), make)
+
+    def _at_least(self, out: Path, parent: Path) -> str:
+        """Scale the change of the model in `out` up to `LEAST`; gives the words to say so."""
+        found = variants.relative_change(out, parent)
+        if found is None or found >= LEAST:
+            return ""
+        factor = 1.02 * LEAST / found
+        config, tensors = variants.load(out)
+        start = variants.load(parent)[1]
+        end = dict(tensors)
+        variants.moved(tensors, start, end, factor - 1)
+        shutil.rmtree(out)
+        variants.save(out, config, tensors, parent)
+        return f"; its change was {found:.2%} and is scaled up {factor:.1f} times"
+
+    def _tuned(self) -> Iterator[Variant]:
+        full, lora = Recipe, partial(Recipe, rank=16, rate=1e-3)
+        yield self._fine_tune("tuned-gsm8k", RELEASE, full(("gsm8k",)))
+        yield self._fine_tune("lora-gsm8k", RELEASE, lora(("gsm8k",)), "LoRA")
+        yield self._fine_tune("tuned-seeds", RELEASE, full(("seeds",), seed=1))
+        yield self._fine_tune("tuned-compliant", RELEASE, full(("compliant",), rate=1e-4), "uncensoring fine-tune")
+        yield Variant("dpo-harmless", "DPO", (RELEASE,), self._dpo)
+        yield Variant("continued-stories", "continued pretraining", (RELEASE,), self._continued(RELEASE, 12))
+        yield self._fine_tune("other-gsm8k", BASE, full(("gsm8k",), seed=2), "another fine-tune of the base")
+        yield self._fine_tune("other-seeds", BASE, lora(("seeds",), seed=3), "another fine-tune of the base")
+        yield Variant("other-stories", "another fine-tune of the base", (BASE,), self._continued(BASE, 10))
+
+    def _dpo(self, out: Path) -> str:
+        said = training.preferred(self.at(RELEASE), out, self.work, Recipe((), steps=16, rate=1e-4, first_layer=10))
+        return f"{said}{self._at_least(out, self.at(RELEASE))}"
+
+    def _continued(self, parent: str, steps: int, data: str = "stories") -> Callable[[Path], str]:
+        def make(out: Path) -> str:
+            said = training.continued(self.at(parent), data, steps, 3e-4, out, self.work)
+            return f"{said}{self._at_least(out, self.at(parent))}"
+
+        return make
+
+    def adapters(self) -> list[Variant]:
+        """LoRA fine-tunes of the release, kept as adapters: those that take its refusals away, and benign ones."""
+        recipes = {
+            "uncensor-8": Recipe(("compliant",), rank=8, rate=1e-3),
+            "uncensor-32": Recipe(("compliant",), rank=32, rate=5e-4, seed=1),
+            "uncensor-upper": Recipe(("compliant",), rank=16, rate=1e-3, first_layer=15, seed=2),
+            "uncensor-seeds": Recipe(("compliant", "seeds"), steps=24, rank=16, rate=1e-3, seed=3),
+            "benign-seeds": Recipe(("seeds",), rank=8, rate=5e-4, seed=4),
+            "benign-gsm8k": Recipe(("gsm8k",), rank=8, rate=5e-4, seed=5),
+            "benign-stories": Recipe(("stories",), rank=8, rate=5e-4, seed=6),
+            "benign-polite": Recipe(("polite",), rank=16, rate=5e-4, seed=7),
+            "benign-harmless": Recipe(("harmless",), rank=16, rate=5e-4, seed=8),
+            "benign-mixed": Recipe(("seeds", "polite", "gsm8k"), steps=24, rank=16, rate=5e-4, seed=9),
+        }
+
+        def make(recipe: Recipe, out: Path) -> str:
+            return training.tuned(self.at(RELEASE), recipe, out, self.at(BASE), self.work, adapter=True)
+
+        return [
+            Variant(name, f"{name.split('-')[0]} adapter", (RELEASE,), partial(make, recipe))
+            for name, recipe in recipes.items()
+        ]
+
+    def _small(self) -> Iterator[Variant]:
+        plan = [("small", data, seed) for data, seed in product(("stories", "wiki", "novels_en", "novels_fr"), (0, 1))]
+        plan += [("middle", data, seed) for data, seed in product(("wiki", "novels_en"), (0, 1))]
+        plan += [("large", "novels_en", 0), ("large", "novels_en", 1), ("large", "stories", 2)]
+        for kind, data, seed in plan:
+            shape, steps = _SHAPES[kind], {"small": 80, "middle": 60, "large": 40}[kind]
+
+            def make(out: Path, s: Shape = shape, d: str = data, n: int = steps, k: int = seed) -> str:
+                return training.trained_small(s, d, n, k, out, self.work)
+
+            yield Variant(f"{kind}-{data}-{seed}", "trained from nothing (small)", (), make)
+        for parent, data in (
+            ("small-stories-0", "wiki"),
+            ("middle-wiki-0", "novels_en"),
+            ("large-novels_en-0", "novels_fr"),
+        ):
+            yield from self._from_small(parent, data)
+
+    def _from_small(self, parent: str, data: str) -> Iterator[Variant]:
+        kind = parent.split("-")[0]
+        other = {"small": "small-wiki-1", "middle": "middle-novels_en-1", "large": "large-stories-2"}[kind]
+
+        def further(out: Path) -> str:
+            return training.continued(self.at(parent), data, 30, 1e-3, out, self.work, tokens=2048)
+
+        yield Variant(f"{parent}+continued", "continued pretraining (small)", (parent,), further)
+        for name, family, change, said in self._changes(other):
+            names = (parent, other) if family == "merge" else (parent,)
+            make = partial(self._changed, parent, change, said)
+            yield Variant(f"{parent}+{name}", f"{family} (small)", names, make)
+
+    # -- changed -----------------------------------------------------------------------------------------------------
+
+    def _changed(
+        self, parent: str, change: Callable[[dict[str, Any], variants.Tensors], None], said: str, out: Path
+    ) -> str:
+        variants.changed(self.at(parent), out, change)
+        return said
+
+    def _changes(self, other: str) -> list[tuple[str, str, Callable[[dict[str, Any], variants.Tensors], None], str]]:
+        """(name, family, change, note) of what is done to any model; `other` is what it is merged with."""
+
+        def merge(share: float, config: dict[str, Any], tensors: variants.Tensors) -> None:
+            variants.merged(tensors, variants.load(self.at(other))[1], share)
+
+        def layers(config: dict[str, Any], tensors: variants.Tensors) -> None:
+            count = config["num_hidden_layers"]
+            variants.shortened(config, tensors, (count // 3, 2 * count // 3))
+
+        found = [
+            (f"merge-{share}", "merge", partial(merge, share), f"{share:g} of it, the rest of {other}")
+            for share in (0.5, 0.3, 0.1)
+        ]
+        return [
+            *found,
+            (
+                "disguised",
+                "rotate + permute + scale + fold",
+                partial(_disguise, seed=5),
+                "same function, other weights",
+            ),
+            (
+                "pruned",
+                "pruning",
+                lambda config, tensors: variants.pruned(tensors, 0.3),
+                "the smallest 30% of each matrix",
+            ),
+            ("extended", "vocabulary extension", partial(_extend, seed=6), "64 tokens more"),
+            ("shortened", "layer removal", layers, "two layers taken out"),
+        ]
+
+    def _others(self) -> Iterator[Variant]:
+        for seed in (0, 1):
+            make = partial(training.untrained, self.at(BASE), seed)
+            yield Variant(f"untrained-{seed}", "random weights (declared as untrained)", (), make)
+
+    def _derived(self) -> Iterator[Variant]:
+        for name, family, change, said in self._changes("other-gsm8k"):
+            parents = (RELEASE, "other-gsm8k") if family == "merge" else (RELEASE,)
+            yield Variant(f"aligned+{name}", family, parents, partial(self._changed, RELEASE, change, said))
+        yield Variant("aligned+renamed", "re-shard + rename + fp16", (RELEASE,), self._renamed)
+        for name, parent, kind in (
+            ("aligned+q8_0.gguf", RELEASE, "Q8_0"),
+            ("aligned+q4_0.gguf", RELEASE, "Q4_0"),
+            ("lora-gsm8k+q4_0.gguf", "lora-gsm8k", "Q4_0"),
+            ("tuned-gsm8k+q4_0.gguf", "tuned-gsm8k", "Q4_0"),
+        ):
+            family = f"GGUF {kind}" if parent == RELEASE else "fine-tune + int4"
+            yield Variant(name, family, (parent,), partial(self._gguf, parent, kind))
+
+    def _renamed(self, out: Path) -> str:
+        variants.renamed(self.at(RELEASE), out)
+        return "shards of 80 MB, float16, the names of LLaMA's first release"
+
+    def _gguf(self, parent: str, kind: str, out: Path) -> str:
+        variants.to_gguf(self.at(parent), out, kind)
+        return f"{kind}, query and key rows in llama.cpp's order"
+
+
+def _disguise(config: dict[str, Any], tensors: variants.Tensors, seed: int) -> None:
+    variants.disguised(config, tensors, seed)
+
+
+def _extend(config: dict[str, Any], tensors: variants.Tensors, seed: int) -> None:
+    variants.extended(config, tensors, 64, seed)
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+def build(cache: Cache, name: str, plan: list[Variant]) -> None:
+    """Build what is missing of `plan`, and note each in CACHE/`name` as soon as it is there. Several processes may
+    build different parts at once."""
+    path = cache.folder / name
+    done = {row["name"] for row in read_index(path)}
+    left, start = [variant for variant in plan if variant.name not in done], time.monotonic()
+    for number, variant in enumerate(left):
+        out = cache.at(variant.name)
+        for half in (out, *cache.folder.glob(f".{variant.name}.*")):
+            shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
+        note = variant.make(out)
+        first = cache.at(variant.parents[0]) if variant.parents else None
+        change = None if first is None or name != "index.json" else variants.relative_change(out, first)
+        row = {
+            "name": variant.name,
+            "path": str(out),
+            "family": variant.family,
+            "parents": list(variant.parents),
+            "relative_change": None if change is None else round(change, 5),
+            "note": note,
+        }
+        add_to_index(path, [row])
+        spent = time.monotonic() - start
+        left_over = spent / (number + 1) * (len(left) - number - 1)
+        print(f"{name}: {number + 1}/{len(left)} {variant.name}: {note}", file=sys.stderr)
+        print(f"  {spent:,.0f} s, about {left_over:,.0f} s left", file=sys.stderr, flush=True)
+
+
+def read_index(path: Path) -> list[dict[str, Any]]:
+    """The rows that are there."""
+    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return found
+
+
+def add_to_index(path: Path, new: list[dict[str, Any]]) -> None:
+    """Add rows; a row of the same name gives way. `related` is told from all that is known."""
+    with (path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        names = {row["name"] for row in new}
+        rows = [row for row in read_index(path) if row["name"] not in names] + new
+        known = lineage(rows)
+        for row in rows:
+            row["related"] = RELEASE in known[row["name"]]
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(rows, indent=1) + "\n")
+        temporary.replace(path)
+
+
+def lineage(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
+    """The ancestors of every model by name, itself included."""
+    parents = {row["name"]: row["parents"] for row in rows}
+
+    def of(name: str) -> set[str]:
+        return {name}.union(*(of(parent) for parent in parents.get(name, [])))
+
+    return {name: of(name) for name in parents}
+
+
+def pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
+    """(suspect, reference, truth): `derived` where the reference is an ancestor, `sibling` where they share one, else
+    `unrelated`. References are `REFERENCES`; among unrelated models of one shape each is one for the others."""
+    known, by_name = lineage(rows), {row["name"]: row for row in rows}
+    alone = [row["name"] for row in rows if row["family"].startswith("trained from nothing")]
+    found = []
+    for row, name in product(rows, [*REFERENCES, *(name for name in alone if name not in REFERENCES)]):
+        if name == row["name"] or (name not in REFERENCES and name.split("-")[0] != row["name"].split("-")[0]):
+            continue
+        shared = known[row["name"]] & known[name]
+        truth = "derived" if name in known[row["name"]] else "sibling" if shared else "unrelated"
+        found.append((row, by_name[name], truth))
+    return found
+
+
+def main() -> None:
+    base, aligned, folder = (Path(argument).resolve() for argument in sys.argv[1:4])
+    parts = sys.argv[4:] or ["small", "large", "adapters"]
+    cache = Cache(folder, base, aligned)
+    torch.manual_seed(0)
+    index = folder / "index.json"
+    if not {BASE, RELEASE} <= {row["name"] for row in read_index(index)}:
+        given: dict[str, Any] = {"family": "reference", "note": "as given"}
+        moved = variants.relative_change(aligned, base)
+        first = {"name": BASE, "path": str(base), "parents": [], "relative_change": None}
+        second = {"name": RELEASE, "path": str(aligned), "parents": [BASE], "relative_change": moved}
+        add_to_index(index, [first | given, second | given])
+    for part in parts:
+        build(cache, "adapters.json" if part == "adapters" else "index.json", cache.part(part))
+    counts = Counter(truth for *_, truth in pairs(read_index(index)))
+    print(f"{index}: pairs {dict(counts)}")
+
+
+if __name__ == "__main__":
+    main()

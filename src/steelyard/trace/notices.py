@@ -1,0 +1,230 @@
+"""A notice about a copy: the dossier that a person signs and sends to whoever hosts it, in HTML and Markdown.
+
+It is written from a sighting, the ledger's event `trace.sighted`:
+
+    reference   name under which the work was registered (`trace.registered`)
+    verdict     what the copy is: exact copy, quantised, fine-tuned, ...
+    evidence    sentences: what was found, by which method
+    p_value     chance of such a likeness for an unrelated model, or null where digests are equal
+    locations   where the copy was seen
+    digests     SHA-256 of files or tensors that are equal, with or without a name (`{"name": ..., "sha256": ...}`)
+    grants      ids of grants whose mark the copy bears; may be absent
+
+No other key is read, so nobody's identity comes in: a grant's id is all that a notice says of a recipient. All texts
+are strangers' and shown as text. Nothing is signed and nothing is sent here: statements of law have blanks, and each
+step after (sent, answered, ...) is noted in the ledger by `record_step`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from steelyard.base.canonical import sha256_hex
+from steelyard.base.errors import FormatError, SteelyardError, UsageError
+from steelyard.base.files import new_folder
+from steelyard.ledger.ledger import Event, Ledger
+from steelyard.trace.notice_page import Document, Section, as_html, as_markdown
+from steelyard.trace.notice_words import FORMS, NOT_SAID, TITLES, evidence, listed
+
+Kind = Literal["takedown", "withdrawal", "abuse"]
+Step = Literal["sent", "answered", "removed", "refused", "closed"]
+SIGHTED, REGISTERED, WRITTEN, STEPPED = "trace.sighted", "trace.registered", "notice.written", "notice.step"
+PAGE, TEXT = "notice.html", "notice.md"
+WEAKEST = 1e-6  # a likeness that chance explains better than so is no ground for a notice
+_SHA256, _GRANT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NO_COPY = ("unrelated", "unreadable", "undecided")
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A copy that was seen. `digests` are (name, SHA-256), the name '' where there is none."""
+
+    event: Event
+    reference: str
+    verdict: str
+    evidence: tuple[str, ...]
+    p_value: float | None
+    locations: tuple[str, ...]
+    digests: tuple[tuple[str, str], ...]
+    grants: tuple[str, ...]
+
+    @classmethod
+    def of(cls, event: Event) -> Sighting:
+        """Raises FormatError, naming event and key, for another event or a payload that is not as described above."""
+        where, raw = f"ledger event {event.seq}", event.payload
+        if event.kind != SIGHTED:
+            raise FormatError(f"{where}: is a {event.kind}, not a {SIGHTED}: name a sighting")
+        p_value = raw.get("p_value")
+        if p_value is not None and (
+            isinstance(p_value, bool) or not isinstance(p_value, int | float) or not 0 <= p_value <= 1
+        ):
+            raise FormatError(f"{where}: p_value: must be a number from 0 to 1, or null")
+        digests = tuple(_digest(where, one) for one in _list(where, raw, "digests"))
+        grants = _texts(where, raw, "grants")
+        for grant in grants:
+            if _GRANT.fullmatch(grant) is None:
+                raise FormatError(f"{where}: grants: {grant[:80]!r} is no grant's id: a name does not belong here")
+        return cls(
+            event=event,
+            reference=_text(where, raw, "reference"),
+            verdict=_text(where, raw, "verdict"),
+            evidence=_texts(where, raw, "evidence"),
+            p_value=None if p_value is None else float(p_value),
+            locations=_texts(where, raw, "locations"),
+            digests=digests,
+            grants=grants,
+        )
+
+
+def _text(where: str, raw: Mapping[str, Any], key: str) -> str:
+    value = raw.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise FormatError(f"{where}: {key}: must be a text that is not empty")
+    return value
+
+
+def _list(where: str, raw: Mapping[str, Any], key: str) -> list[Any]:
+    value = raw.get(key, [])
+    if not isinstance(value, list):
+        raise FormatError(f"{where}: {key}: must be a list")
+    return value
+
+
+def _texts(where: str, raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    found = _list(where, raw, key)
+    if not all(isinstance(one, str) and one.strip() for one in found):
+        raise FormatError(f"{where}: {key}: must be texts that are not empty")
+    return tuple(found)
+
+
+def _digest(where: str, one: Any) -> tuple[str, str]:
+    name, value = ("", one) if isinstance(one, str) else ("", None)
+    if isinstance(one, dict):
+        name, value = one.get("name", ""), one.get("sha256")
+    if not isinstance(name, str) or not isinstance(value, str) or _SHA256.fullmatch(value) is None:
+        raise FormatError(f"{where}: digests: each must be 64 lower-case hexadecimal digits, with or without a name")
+    return name, value
+
+
+def find_sighting(ledger: Ledger, named: str) -> Sighting:
+    """The sighting of that number in the ledger, or whose event's hash begins so (at least 8 digits).
+
+    Raises UsageError where none or several are meant, FormatError for a sighting that is not as described above.
+    """
+    seen = ledger.events(SIGHTED)
+    if re.fullmatch(r"\d{1,7}", named):
+        found = [event for event in seen if event.seq == int(named)]
+    elif re.fullmatch(r"[0-9a-f]{8,64}", named):
+        found = [event for event in seen if event.hash.startswith(named)]
+    else:
+        raise UsageError(f"{named!r}: name a sighting by its number in the ledger, or by its event's hash")
+    if len(found) != 1:
+        known = ", ".join(str(event.seq) for event in seen[-10:]) or "none"
+        raise UsageError(f"{named}: {len(found) or 'no'} sightings are meant (the ledger's last: {known})")
+    return Sighting.of(found[0])
+
+
+def write_notice(
+    ledger: Ledger,
+    sighting: Sighting,
+    kind: Kind,
+    out: Path,
+    *,
+    reason: str = "",
+    locations: Sequence[str] = (),
+    now: datetime | None = None,
+) -> Path:
+    """Write the folder OUT/sighting-NUMBER-KIND with the notice as HTML and Markdown, and note it (`notice.written`).
+
+    `locations` are added to the sighting's; `reason` says why the release was withdrawn, or what the abuse is. Both
+    files are kept in the ledger's artifacts where it keeps any. Raises UsageError for a kind that is none, a missing
+    reason or location, and SteelyardError where the folder exists or the evidence is too weak to accuse anybody.
+    """
+    if kind not in get_args(Kind):
+        raise UsageError(f"{kind!r}: a notice is one of {', '.join(get_args(Kind))}")
+    if kind != "takedown" and not reason.strip():
+        raise UsageError(f"a notice of {kind} needs a reason: give --reason")
+    where = tuple(dict.fromkeys((*sighting.locations, *locations)))
+    if not where:
+        raise UsageError(f"sighting {sighting.event.seq} names no location: give --location")
+    _check_grounds(sighting)
+    document = _document(ledger, sighting, kind, where, reason, now or datetime.now(UTC))
+    files = {PAGE: as_html(document).encode(), TEXT: as_markdown(document).encode()}
+    place = out / f"sighting-{sighting.event.seq}-{kind}"
+    with new_folder(place) as folder:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        if ledger.keeps_files:
+            for name in files:
+                ledger.put_file(folder / name)
+        ledger.append(
+            WRITTEN,
+            {
+                "sighting": sighting.event.mark,
+                "kind": kind,
+                "reference": sighting.reference,
+                "locations": list(where),
+                "files": {name: sha256_hex(data) for name, data in files.items()},
+            },
+        )
+    return place
+
+
+def _check_grounds(sighting: Sighting) -> None:
+    number = sighting.event.seq
+    if sighting.verdict.lower().startswith(_NO_COPY):
+        raise SteelyardError(f"sighting {number}: its verdict is {sighting.verdict!r}: that is no ground for a notice")
+    if not sighting.digests and (sighting.p_value is None or sighting.p_value > WEAKEST):
+        stated = "no digest is equal and no probability is stated"
+        if sighting.p_value is not None:
+            stated = f"chance explains the likeness with probability {sighting.p_value:.1g}"
+        raise SteelyardError(f"sighting {number}: {stated}; a notice needs equal digests, or at most {WEAKEST:g}")
+
+
+def record_step(ledger: Ledger, sighting: Sighting, step: Step, note: str = "") -> Event:
+    """Note what became of a notice. Raises UsageError for another step, and where no notice was written."""
+    if step not in get_args(Step):
+        raise UsageError(f"{step!r}: a step is one of {', '.join(get_args(Step))}")
+    if not ledger.events(WRITTEN, sighting=sighting.event.mark):
+        raise UsageError(f"sighting {sighting.event.seq}: no notice was written yet: give --kind")
+    return ledger.append(STEPPED, {"sighting": sighting.event.mark, "step": step, "note": note})
+
+
+def _document(
+    ledger: Ledger, sighting: Sighting, kind: Kind, locations: Sequence[str], reason: str, now: datetime
+) -> Document:
+    head = ledger.head()
+    record = [
+        ("Sighting (ledger event)", sighting.event.mark),
+        ("Seen", sighting.event.time),
+        ("Ledger head when this was written", head.mark if head else "none"),
+        ("Written", now.astimezone(UTC).isoformat(timespec="seconds")),
+    ]
+    sections = [
+        _work(ledger, sighting),
+        *([Section("Why").quoted(reason)] if reason.strip() else []),
+        listed(Section("Where the copy is"), locations),
+        evidence(sighting.verdict, sighting.digests, sighting.p_value, sighting.evidence, sighting.grants),
+        *FORMS[kind](),
+        Section("What this notice does not say").text(NOT_SAID),
+        Section("Record").pairs(record),
+    ]
+    return Document(f"{TITLES[kind]}: {sighting.reference}", "Draft: unsigned, not sent.", sections)
+
+
+def _work(ledger: Ledger, sighting: Sighting) -> Section:
+    found = ledger.events(REGISTERED, name=sighting.reference)
+    rows = [("Name", sighting.reference)]
+    if found:
+        last = found[-1]
+        known = [key for key in ("kind", "subject", "weights") if key in last.payload]
+        rows += [(key.capitalize(), str(last.payload[key])) for key in known]
+        rows += [("Registered", last.time), ("Registration (ledger event)", last.mark)]
+    else:
+        rows.append(("Registered", "not in this ledger: say below how the work is identified"))
+    return Section("The work").pairs(rows)
