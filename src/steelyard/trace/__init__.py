@@ -1,0 +1,1 @@
+"""Where do these weights come from: lineage, watermark, uncensoring, notices."""
