@@ -43,7 +43,7 @@ def _thresholds(key: bytes) -> NDArray[np.uint16]:
     """The bias of each position in units of 1/65,536, so that a 16-bit draw below it has exactly that probability."""
     uniform = np.frombuffer(stream(key, "bias", count=4 * POSITIONS), "<u4") / 2.0**32
     low = np.arcsin(np.sqrt(CUT))
-    bias = np.sin(low + uniform * (np.pi / 2 - 2 * low)) ** 2
+    bias: NDArray[np.float64] = np.sin(low + uniform * (np.pi / 2 - 2 * low)) ** 2
     return np.round(bias * 65_536).astype(np.uint16)
 
 
@@ -54,8 +54,12 @@ def biases(key: bytes) -> NDArray[np.float64]:
 
 def code(key: bytes, grant: str) -> NDArray[np.uint8]:
     """The symbols of a grant: uint8 [POSITIONS], 0 or 1."""
+    return _draw(key, grant, _thresholds(key))
+
+
+def _draw(key: bytes, grant: str, thresholds: NDArray[np.uint16]) -> NDArray[np.uint8]:
     draws = np.frombuffer(stream(key, "code", grant, count=2 * POSITIONS), "<u2")
-    return (draws < _thresholds(key)).astype(np.uint8)
+    return (draws < thresholds).astype(np.uint8)
 
 
 def commitment(key: bytes, grant: str) -> str:
@@ -76,28 +80,29 @@ class Scores:
 def accuse(reading: NDArray[np.float64], key: bytes, grants: Sequence[str]) -> Scores:
     """Score every grant against `reading`, float64 [POSITIONS]: how far each position leans to symbol 1 (0: unread).
 
-    Given the reading, an innocent recipient's symbols are independent draws with the known biases, so his score is a sum
-    of independent terms of mean 0, and Bernstein's inequality bounds it whatever the pirates did:
-    P(S >= s) <= exp(-s^2 / (2 (V + M s / 3))), V the sum of the squared readings, M the largest term. No normality is
-    assumed. Raises UsageError where no grants are given or the reading is not finite.
+    Given the reading, an innocent recipient's symbols are independent draws with the known biases, so his score is a
+    sum of independent terms of mean 0, and Bernstein's inequality bounds it whatever the pirates did. No normality is
+    assumed. Raises UsageError where no grants are given, one is given twice, or the reading is not finite.
     """
-    if not grants:
-        raise UsageError("no grants to compare with: name at least one")
+    if not grants or len(set(grants)) != len(grants):
+        raise UsageError("the grants to compare with must be at least one, and none twice: check the list")
     if reading.shape != (POSITIONS,) or not np.isfinite(reading).all():
         raise UsageError(f"a reading must be {POSITIONS:,} finite numbers: read the suspect again")
     thresholds = _thresholds(key)
     bias = thresholds / 65_536.0
-    one = reading * np.sqrt((1 - bias) / bias)  # what a 1 adds to the score
+    one = reading * np.sqrt((1 - bias) / bias)  # what a 1 adds to the score: variance reading^2, mean 0 with `zero`
     zero = -reading * np.sqrt(bias / (1 - bias))
     score = np.empty(len(grants))
     for index, grant in enumerate(grants):
-        score[index] = np.where(code(key, grant) == 1, one, zero).sum()
-    return Scores(score, bernstein(score, float(reading @ reading), float(np.abs([one, zero]).max())))
+        score[index] = zero.sum() + _draw(key, grant, thresholds) @ (one - zero)
+    largest = max(float(np.abs(one).max()), float(np.abs(zero).max()))
+    return Scores(score, bernstein(score, float(reading @ reading), largest))
 
 
 def bernstein(score: NDArray[np.float64], variance: float, largest: float) -> NDArray[np.float64]:
-    """log10 of Bernstein's bound on the probability of a sum of independent zero-mean terms reaching `score`, where
-    their variances sum to `variance` and none passes `largest`; 0 for a score of 0 or less."""
+    """log10 of Bernstein's bound exp(-s^2 / (2 (V + M s / 3))) on the probability that a sum of independent zero-mean
+    terms reaches `score`: V = `variance` is the sum of their variances, none passes M = `largest`. 0 up to score 0."""
     above = np.maximum(score, 0.0)
     spread = 2 * (variance + largest * above / 3)
-    return -np.divide(above**2, spread, out=np.zeros_like(above), where=spread > 0) / np.log(10)
+    exponent: NDArray[np.float64] = np.divide(above**2, spread, out=np.zeros_like(above), where=spread > 0)
+    return np.asarray(-exponent / np.log(10))
