@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from granting import Desk
 from scenario import Chain, make_battery, make_policy
 
 Once = Callable[[str, Callable[[Path], object]], Path]
@@ -45,3 +46,16 @@ def bundle_copy(released: tuple[Chain, Path], tmp_path: Path) -> Callable[[], Pa
         return Path(shutil.copytree(released[1], tmp_path / "bundle"))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def granting(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A workspace that grants. Read only."""
+    folder = once("release-granting", lambda folder: Desk.build(folder / "root"))
+    return Desk.at(folder / "root").copy(tmp_path_factory.mktemp("granting") / "root")
+
+
+@pytest.fixture
+def desk(granting: Desk, tmp_path: Path) -> Desk:
+    """A copy to damage."""
+    return granting.copy(tmp_path / "desk")
