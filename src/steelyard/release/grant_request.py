@@ -3,7 +3,7 @@
     # request.yaml
     name: Ada Lovelace
     organisation: Analytical Engines
-    country: GB                              # ISO 3166, two letters
+    country: GB
     email: ada@example.org
     purpose: Measure toxicity in dialogue
     licence: 9f2c...                         # SHA-256 of the licence's text that is accepted
@@ -49,14 +49,14 @@ class Person(Strict):
 
     name: _Name
     organisation: _Name
-    country: Annotated[str, Field(pattern=r"^[A-Z]{2}$")]
+    country: Annotated[str, Field(min_length=2, max_length=100)]
     email: Annotated[str, Field(max_length=254, pattern=r"^[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]+$")]
     purpose: Annotated[str, Field(min_length=1, max_length=MAX_PURPOSE)]
     licence: Sha256
     encrypts_to: _Pem | None = None
     signs_with: _Pem | None = None
 
-    @field_validator("name", "organisation", "purpose")
+    @field_validator("name", "organisation", "country", "purpose")
     @classmethod
     def _plain(cls, text: str) -> str:
         if not text.strip():
