@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from granting import Desk
 from killing import Killable
 from scenario import Chain, make_battery, make_policy
 
@@ -54,3 +55,16 @@ def killable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killable]:
     yield running
     running.process.kill()
     running.process.wait()
+
+
+@pytest.fixture(scope="session")
+def granting(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A workspace that grants. Read only."""
+    folder = once("release-granting", lambda folder: Desk.build(folder / "root"))
+    return Desk.at(folder / "root").copy(tmp_path_factory.mktemp("granting") / "root")
+
+
+@pytest.fixture
+def desk(granting: Desk, tmp_path: Path) -> Desk:
+    """A copy to damage."""
+    return granting.copy(tmp_path / "desk")

@@ -165,6 +165,16 @@ class Handler(BaseHTTPRequestHandler):
         access = {"private": repository.private, "gated": repository.gated, "disabled": False}
         return {"id": name, "modelId": name, "sha": head, "siblings": siblings, "tags": [], **access}
 
+    def access_requests(self, name: str, status: str) -> Any:
+        repository = self.repository(name, write=True)
+        if not repository.gated:
+            raise _RefusedError(400, "This repository is not gated")
+        found = [one for one in repository.requests if one["status"] == status]
+        first = int(self.query.get("cursor", ["0"])[0])
+        address = f"{self.hub.url}{urlsplit(self.path).path}?cursor={first + self.hub.page}"
+        more = {"Link": f'<{address}>; rel="next"'} if len(found) > first + self.hub.page else {}
+        return found[first : first + self.hub.page], more
+
     def refs(self, name: str) -> Any:
         repository = self.repository(name)
         tags = [{"name": t, "ref": f"refs/tags/{t}", "targetCommit": c} for t, c in repository.tags.items()]
@@ -325,6 +335,7 @@ ROUTES = (
     (("POST",), "/api/validate-yaml", "validate_yaml"),
     (("PUT",), f"/api/models/{_NAME}/settings", "settings"),
     (("GET",), f"/api/models/{_NAME}/refs", "refs"),
+    (("GET",), f"/api/models/{_NAME}/user-access-request/(?P<status>[a-z]+)", "access_requests"),
     (("POST",), f"/api/models/{_NAME}/tag/{_REVISION}", "tag"),
     (("GET",), f"/api/models/{_NAME}/tree/{_REVISION}", "tree"),
     (("POST",), f"/api/models/{_NAME}/paths-info/{_REVISION}", "paths_info"),

@@ -55,6 +55,7 @@ class Repository:
     commits: list[tuple[str, dict[str, Blob]]] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)  # for access, as the Hub's API gives them
 
     def commit(self, files: dict[str, Blob], message: str) -> str:
         oid = hashlib.sha1(repr((len(self.commits), sorted(files.items()))).encode()).hexdigest()

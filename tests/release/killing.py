@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src"
+MOMENTS = 12
 
 
 class Killable:
@@ -47,3 +49,9 @@ class Killable:
 
     def said(self) -> str:
         return self.log.read_text()
+
+
+def spread(count: int, moments: int = MOMENTS) -> list[int]:
+    """`moments` of `count` steps: the first and the last, and others at random."""
+    rest = random.Random(5).sample(range(2, count), min(moments, count) - 2)
+    return sorted({1, count, *rest})

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 from hub_server import WRITE, HubServer
-from killing import Killable
+from killing import MOMENTS, Killable, spread
 from publishing import There, listing, to_damage
 
 pytest.importorskip("huggingface_hub")
-MOMENTS = 12
 
 
 @pytest.fixture
@@ -35,12 +34,6 @@ def whole_or_not(there: There, folder: Path) -> bool:
     ok: bool = folder.is_dir() and there[0].verify(folder).ok
     assert not ok or listing(folder) == listing(there[1])
     return ok
-
-
-def spread(count: int, moments: int = MOMENTS) -> list[int]:
-    """`moments` of `count` steps: the first and the last, and others at random."""
-    rest = random.Random(5).sample(range(2, count), min(moments, count) - 2)
-    return sorted({1, count, *rest})
 
 
 def test_killed_while_publishing_to_a_folder(killable: Killable, there: There, tmp_path: Path) -> None:

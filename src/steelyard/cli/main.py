@@ -16,6 +16,7 @@ from steelyard.cli import (
     chat,
     countersign,
     doctor,
+    grant,
     key,
     ledger,
     measure,
@@ -61,6 +62,7 @@ app.add_typer(train.app, name="train")
 app.add_typer(measure.app, name="measure")
 app.add_typer(published.app, name="probe")
 app.add_typer(key.app, name="key")
+app.add_typer(grant.app, name="grant")
 app.add_typer(ledger.app, name="ledger")
 
 

@@ -302,4 +302,7 @@ def _print_verification(bundle: Path, result: Verification, *, as_json: bool) ->
     print_table(str(bundle), ("what", said), result.seen)
     for finding in result.findings:
         print(one_line(f"{finding.code}: {finding.message}"))
-    print("VERIFIED" if result.ok else "NOT VERIFIED")
+    if any(finding.code == "copy" for finding in result.findings):
+        print("NOT A RELEASE")
+    else:
+        print("VERIFIED" if result.ok else "NOT VERIFIED")

@@ -73,6 +73,16 @@ class Remote:
     tags: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class HubRequest:
+    """A request for access to a gated repository, as its form has it: a stranger's words."""
+
+    id: str
+    name: str | None
+    email: str | None
+    fields: Mapping[str, Any]
+
+
 class HubClient:
     """One repository (ORG/NAME) on the Hub; a context manager. Raises HubError, in words, for whatever goes wrong."""
 
@@ -152,6 +162,18 @@ class HubClient:
                 large = entry.lfs.sha256 if entry.lfs is not None else None
                 found[entry.path] = RemoteFile(entry.size, entry.blob_id, large)
         return found
+
+    def access_requests(self) -> list[HubRequest]:
+        """The requests for access that wait for an answer; the token must belong to an owner."""
+        api, name = self._api, self.repository
+
+        def ask() -> list[HubRequest]:
+            return [
+                HubRequest(str(one.request_id), one.fullname, one.email, one.fields or {})
+                for one in api.list_pending_access_requests(name)
+            ]
+
+        return self._call("list the requests for access", ask, library_tries=True)
 
     # -- changing ----------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ MODEL_SIGNATURE = f"{HOME}/model.sig"
 TEST_RESULT = f"{HOME}/test-result.dsse.json"
 SUMMARY = f"{HOME}/summary.dsse.json"
 MAX_APPROVALS = 9
+MAX_REVIEWS = 9  # of a request for access
 APPROVALS = tuple(f"{HOME}/approval-{number}.dsse.json" for number in range(1, MAX_APPROVALS + 1))
 COUNTERSIGNATURE = f"{HOME}/commitment.dsse.json"
 TIMESTAMP = f"{HOME}/commitment.tsr"

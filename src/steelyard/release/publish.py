@@ -144,6 +144,7 @@ def publish(
         raise UsageError(f"--to {to}: lies in the bundle: choose a place outside of it")
     release = verified_release(bundle, check)
     _refuse_withdrawn(release, ledger)
+    _refuse_granted(release, ledger)
     known: dict[str, Any] = {"destination": where.text, "manifest": release.manifest}
     named = {"name": release.name, "weights": release.weights}
     if not ledger.events("release.publishing", **known):
@@ -173,6 +174,13 @@ def _refuse_withdrawn(release: Release, ledger: Ledger) -> None:
         if event.payload.get("manifest") == release.manifest or event.payload.get("weights") == release.weights:
             reason = " ".join(str(event.payload.get("reason", "")).split())[:200]
             raise SteelyardError(f"{release.name}: was withdrawn ({reason}): what is withdrawn is not published again")
+
+
+def _refuse_granted(release: Release, ledger: Ledger) -> None:
+    """What is granted copy by copy never goes out without a mark: all those marks would prove nothing any more."""
+    for event in ledger.events("grant.issued", weights=release.weights):
+        text = f"grant {event.payload.get('grant')} is for these weights, so they are not published unmarked"
+        raise SteelyardError(f"{release.name}: {text}: publish the marked public copy (docs/grants.md)")
 
 
 def verified_release(bundle: Path, check: Check) -> Release:

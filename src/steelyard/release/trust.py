@@ -11,6 +11,7 @@
     timestamp_authorities: [tsa-root.pem]
     withdrawal: {signers: [dora.pub.pem, bob.pub.pem], quorum: 2,
                  list: "https://example.org/withdrawn.json", name: models}
+    grants: {reviewers: [bob.pub.pem, carol.pub.pem], needed: 2}
     revocations: [x.revocation.dsse.json]
 
 With public keys alone (`one_key`) each of them may hold every role; that is enough only for a policy that does not ask
@@ -37,7 +38,7 @@ from steelyard.release.attest import parse_time
 from steelyard.release.certificates import Authority, load_authorities
 from steelyard.release.keyless import SigstoreIdentity
 from steelyard.release.keys import KeyEvent, load_public_key, read_key_event
-from steelyard.release.layout import MAX_APPROVALS
+from steelyard.release.layout import MAX_APPROVALS, MAX_REVIEWS
 from steelyard.safety.journal import Finding
 from steelyard.safety.policy import Policy, load_policy
 
@@ -82,6 +83,11 @@ class _Withdrawal(_Strict):
     name: str | None = Field(default=None, min_length=1, max_length=200)
 
 
+class _Grants(_Strict):
+    reviewers: tuple[str, ...] = Field(min_length=2, max_length=MAX_KEYS)
+    needed: int = Field(ge=2, le=MAX_REVIEWS)
+
+
 class _TrustFile(_Strict):
     format: Literal[1]
     policy: str = Field(min_length=1, max_length=500)
@@ -92,6 +98,7 @@ class _TrustFile(_Strict):
     witnesses: tuple[_Who, ...] = Field(default=(), max_length=MAX_KEYS)
     timestamp_authorities: tuple[str, ...] = Field(default=(), max_length=MAX_KEYS)
     withdrawal: _Withdrawal | None = None
+    grants: _Grants | None = None
     revocations: tuple[str, ...] = Field(default=(), max_length=1000)
 
 
@@ -104,6 +111,14 @@ class Withdrawal:
     quorum: int = 0
     source: Path | str | None = None
     name: str | None = None
+
+
+@dataclass(frozen=True)
+class Reviewers:
+    """Who reviews requests for access: `needed` of the `keys`, at least two people. Nobody, where there are none."""
+
+    keys: tuple[Key, ...] = ()
+    needed: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,7 @@ class Trust:
     policy: Policy | None = None
     timestamp_authorities: tuple[x509.Certificate, ...] = ()
     withdrawal: Withdrawal = Withdrawal()
+    grants: Reviewers = Reviewers()
     events: tuple[KeyEvent, ...] = ()
     until: Mapping[str, datetime] = field(default_factory=dict)
     authorities: Mapping[Role, tuple[Authority, ...]] = field(default_factory=dict)
@@ -183,7 +199,14 @@ def load_trust(path: Path) -> Trust:
         if file.withdrawal.quorum > len(loaded):
             raise document.located(("withdrawal", "quorum"), f"must be at most {len(loaded)}, the number of signers")
         withdrawal = Withdrawal(loaded, file.withdrawal.quorum, _source(document, folder, file), file.withdrawal.name)
-    every = [*withdrawal.signers, *(key for role in ROLES for key in keys[role])]
+    grants = Reviewers()
+    if file.grants is not None:
+        reviewers = [_Who(key=name) for name in file.grants.reviewers]
+        loaded = tuple(_keys(document, folder, "grants", reviewers, until, "reviewers"))
+        if file.grants.needed > len(loaded):
+            raise document.located(("grants", "needed"), f"must be at most {len(loaded)}, the number of reviewers")
+        grants = Reviewers(loaded, file.grants.needed)
+    every = [*withdrawal.signers, *grants.keys, *(key for role in ROLES for key in keys[role])]
     events = [
         read_key_event(_place(document, folder, "revocations", name), every, unpinned=True) for name in file.revocations
     ]
@@ -197,6 +220,7 @@ def load_trust(path: Path) -> Trust:
             for certificate in _certificates(_place(document, folder, "timestamp_authorities", name))
         ),
         withdrawal=withdrawal,
+        grants=grants,
         events=tuple(event for event in events if event is not None),
         until=until,
         authorities={role: found for role, found in authorities.items() if found},

@@ -13,6 +13,7 @@ order. The stages of a release are checked by the same code: a candidate as atte
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -43,6 +44,8 @@ from steelyard.release.checks_statements import (
 from steelyard.release.claims import check_claims
 from steelyard.release.commitment import check_commitment
 from steelyard.release.evidence import Evidence, read_evidence
+from steelyard.release.grant_copy import STATEMENT as COPY_STATEMENT
+from steelyard.release.grant_verify import verify_copy
 from steelyard.release.keys import load_public_key, read_key_event
 from steelyard.release.layout import (
     BATTERY,
@@ -180,6 +183,8 @@ def examine(
     """`verify_bundle` with all loaded. `stage`: a `sealed` bundle; before its seals, one whose approvals are counted
     (`approved`) or not yet (`candidate`); or the evaluator's own, where he pins nobody (`attested`)."""
     progress = progress or Silent()
+    if os.path.lexists(folder / COPY_STATEMENT):
+        return _marked_copy(folder, trust, now, progress)
     work = _Work(folder, trust, stage, now or datetime.now(UTC))
     present, findings = list_files(folder)
     work.findings += findings
@@ -223,6 +228,19 @@ def examine(
         name="" if statements.test is None else statements.test.body.predicate.steelyard.name,
         released=None if statements.summary is None else statements.summary.time,
         **work.known,
+    )
+
+
+def _marked_copy(folder: Path, trust: Trust, now: datetime | None, progress: Progress) -> Verification:
+    """What says that it is a marked copy is no release, whatever else lies there; told is what it is."""
+    found = verify_copy(folder, trust, now=now, progress=progress)
+    if found.ok:
+        text = f"{found.says()}: not a release, for nothing but what it comes from was tested"
+    else:
+        text = f"says that it is {found.says()}, and does not verify as that either"
+    seen = (("marked copy of", found.subject), ("grant", found.grant))
+    return Verification(
+        ok=False, findings=(Finding("copy", f"{COPY_STATEMENT}: {text}"), *found.findings), seen=seen, criteria=()
     )
 
 

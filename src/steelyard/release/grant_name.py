@@ -1,0 +1,196 @@
+"""Whose copy is this? Aligns a suspect with the release, reads its mark, and names a grant only where an innocent would
+be named at most once in 10^9.
+
+    found = name_grant(book, Path("suspect"), bundle, mark)
+    found.named, found.to_json(), found.to_markdown()
+
+Every grant that the ledger has for these weights is compared, ended ones too, and the bound is multiplied by their
+number. Evidence cites grant ids, never who stands behind them. Held in memory: the release and the suspect, as float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from steelyard import __version__
+from steelyard.base.canonical import canonical_json, sha256_file, sha256_hex
+from steelyard.base.errors import FormatError, SteelyardError
+from steelyard.base.progress import Progress, Silent
+from steelyard.model.identity import subject_of
+from steelyard.release.grant_book import Book, Grant
+from steelyard.release.grant_keys import MarkKey
+from steelyard.release.grant_statements import FRAMED
+from steelyard.release.statements import stamp
+from steelyard.safety.markup import code, escape
+from steelyard.trace import alignment, tardos, watermark
+from steelyard.trace.roles import Named, hugging_face
+from steelyard.trace.tensors import Float32, open_tensors
+
+METHOD = (
+    "The suspect was expressed in the release's layout, and its difference from the unmarked weights compared with the "
+    "code of every grant (spread spectrum, Tardos code). Given what was read, an innocent recipient's code is a row of "
+    "independent draws with known biases; Bernstein's inequality bounds the probability that one scores as high, with "
+    "no other assumption. The bound is multiplied by the number of grants."
+)
+
+
+@dataclass(frozen=True)
+class NamedGrant:
+    """A grant whose copy the suspect came from. `log10_p`: of the bound for one innocent, not multiplied yet."""
+
+    grant: Grant
+    log10_p: float
+    countersignature: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was found. `named` is empty where nobody is named; `files`: name and SHA-256 of the suspect's."""
+
+    suspect: str
+    files: tuple[tuple[str, str], ...]
+    weights: str
+    subject: str
+    grants: int
+    found: str
+    named: tuple[NamedGrant, ...]
+    mark: str
+    time: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "time": self.time,
+            "version": __version__,
+            "suspect": {"name": self.suspect, "files": [{"name": name, "sha256": sha} for name, sha in self.files]},
+            "release": {"weights": self.weights, "subject": self.subject},
+            "mark_key": self.mark,
+            "grants_compared": self.grants,
+            "accused_up_to": tardos.ACCUSE,
+            "method": METHOD,
+            "undone_before_reading": self.found,
+            "named": [
+                {
+                    "grant": one.grant.id,
+                    "log10_probability": round(one.log10_p + math.log10(self.grants), 2),
+                    "commitment": one.grant.commitment,
+                    "code": one.grant.code,
+                    "countersignature": one.countersignature,
+                    "issued": stamp(one.grant.issued),
+                }
+                for one in self.named
+            ],
+            "caution": FRAMED,
+        }
+
+    def to_json(self) -> bytes:
+        return canonical_json(self.to_dict()) + b"\n"
+
+    def to_markdown(self) -> str:
+        """For people; the suspect's name is a stranger's."""
+        lines = [
+            f"# Whose copy is {escape(self.suspect)}?",
+            "",
+            f"Compared with {self.grants:,} grants of the release with weights {code(self.weights)}, {self.time}.",
+            "",
+        ]
+        for one in self.named:
+            power = one.log10_p + math.log10(self.grants)
+            lines += [
+                f"**Grant {code(one.grant.id)}.** An innocent recipient, of all {self.grants:,}, would be named here "
+                f"with a probability of at most 10^({power:.1f}).",
+                "",
+                f"- commitment to its code: {code(one.grant.commitment)}, issued {stamp(one.grant.issued)}",
+                f"- countersigned before the copy was made: {code(one.countersignature)}",
+                "",
+            ]
+        if not self.named:
+            lines += [f"**Nobody is named**: no grant reaches 10^({math.log10(tardos.ACCUSE):.0f}).", ""]
+        lines += [METHOD, "", f"Undone before reading: {escape(self.found)}.", "", FRAMED, "", "## The suspect", ""]
+        lines += [f"- {code(name)}: {code(sha)}" for name, sha in self.files]
+        return "\n".join(lines) + "\n"
+
+
+def name_grant(
+    book: Book,
+    suspect: Path,
+    bundle: Path,
+    mark: MarkKey,
+    *,
+    now: datetime | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Name the grants whose copies the suspect came from, if any, and note it in the ledger by ids and digests.
+
+    Raises SteelyardError where nothing was ever granted of this release, or the key is not the one that the codes were
+    committed with; FormatError where the suspect cannot be read or is no model of these sizes.
+    """
+    now, progress = now or datetime.now(UTC), progress or Silent()
+    subject = subject_of(bundle, progress)
+    grants = {grant.id: grant for grant in book.grants(now) if grant.wanted.weights == subject.weights}
+    if not grants:
+        raise SteelyardError(f"{bundle}: nothing was ever granted of these weights ({subject.weights})")
+    _check_codes(grants, mark)
+    ours, theirs = hugging_face(open_tensors(bundle)), hugging_face(open_tensors(suspect))
+    sizes = ours.sizes
+    aligned = alignment.align(_all(ours, progress), held := _all(theirs, progress), sizes.heads, sizes.kv_heads)
+    held.clear()  # a model's worth of memory
+    detected = watermark.detect(_all(ours, progress), aligned.tensors, mark.secret, list(grants))
+    limit = math.log10(tardos.ACCUSE / len(grants))
+    p = dict(zip(grants, map(float, detected.log10_p), strict=True))
+    named = [
+        NamedGrant(grants[grant], p[grant], seen)
+        for grant in detected.accused
+        if p[grant] <= limit and (seen := _seen_before(book, grant)) is not None
+    ]
+    files = sorted({entry.file for entry in theirs.entries.values()})
+    evidence = Evidence(
+        suspect=suspect.name or str(suspect),
+        files=tuple((file.name, sha256_file(file)) for file in files),
+        weights=subject.weights,
+        subject=subject.digest,
+        grants=len(grants),
+        found=str(aligned.found),
+        named=tuple(named),
+        mark=mark.fingerprint,
+        time=stamp(now),
+    )
+    book.note(
+        "named",
+        weights=subject.weights,
+        grants=[one.grant.id for one in named],
+        evidence=sha256_hex(evidence.to_json()),
+    )
+    return evidence
+
+
+def _check_codes(grants: dict[str, Grant], mark: MarkKey) -> None:
+    for grant in grants.values():
+        if grant.mark != mark.fingerprint or tardos.commitment(mark.secret, grant.id) != grant.code:
+            raise SteelyardError(f"grant {grant.id}: the mark key is not the one that its code was committed with")
+
+
+def _seen_before(book: Book, grant: str) -> str | None:
+    """SHA-256 of the countersignature that came before the first copy; None where there is no copy or no such thing:
+    then nobody is named, for the code could have been made up afterwards."""
+    marked = min((event.seq for event in book.events("marked", grant=grant)), default=None)
+    seen = book.events("countersigned", grant=grant)
+    if marked is None or not seen or seen[0].seq > marked:
+        return None
+    return str(seen[0].payload["countersignature"])
+
+
+def _all(named: Named, progress: Progress) -> dict[str, Float32]:
+    found = {}
+    total = sum(entry.end - entry.start for entry in named.entries.values()) / 1e6
+    with (progress if total >= 1 else Silent()).task("read the weights", total, "MB") as task:
+        for name, entry in named.entries.items():
+            found[name] = named.read(name)
+            task.advance((entry.end - entry.start) / 1e6)
+    if not found:
+        raise FormatError("holds no tensor of a model")
+    return found
