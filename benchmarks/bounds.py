@@ -3,9 +3,12 @@
 Printed: the lowest coverage of a nominal one-sided 95% bound over all cells [coverage_min], the largest mean coverage
 of a kind of bound [coverage_mean], the highest share of releases where exactly one true rate sits at its threshold
 [false_release], of stops of a run whose rate sits at its threshold [false_stop], and for users the number of prompts at
-which a model at half of a threshold is released with 80% [power]. `out/statistics_cells.json` holds every cell.
+which a model at half of a threshold is released with 80% [power].
 
 What the data are like stands in `bounds_data.py`.
+
+A cell is written to `out/statistics_cells.jsonl` when it is done (`bounds_run.py`), and a run that was stopped goes on
+from there.
 
 The rule on Monte-Carlo error: the estimate itself must lie within the bar, with no allowance. At 95% its standard error
 is 0.22 points with 10,000 replications and 0.34 with 4,000, so the lowest of many is low by chance.
@@ -15,12 +18,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +36,9 @@ from bounds_data import (
     seen_counts,
     shipped,
 )
-from harness import OUT, Row, report
+from bounds_run import POWER, POWER_ICC, Task, simulate_all, summarise
+from harness import OUT, report
 
-from steelyard.cli.output import print_table
 from steelyard.safety import statistics
 from steelyard.safety.battery import RateMetric, load_battery
 from steelyard.safety.criteria import Measurement, judge
@@ -98,7 +97,7 @@ QUICK = Grid(
     shapes=((60, 4),),
 )
 POWER_THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.3)
-POWER, POWER_ICC, POWER_RUNS, POWER_PROMPTS = 0.8, 0.3, 2_000, 200_000
+POWER_RUNS, POWER_PROMPTS = 2_000, 200_000
 
 
 # -- coverage --------------------------------------------------------------------------------------------------------
@@ -275,7 +274,7 @@ PARTS: dict[str, tuple[Callable[..., Iterator[Cell]], Callable[..., list[Cell]]]
 }
 
 
-def simulate(task: tuple[str, int, Cell]) -> list[Cell]:
+def simulate(task: Task) -> list[Cell]:
     """One cell, from a stream of its own."""
     part, number, cell = task
     scorers = shipped()
@@ -284,81 +283,16 @@ def simulate(task: tuple[str, int, Cell]) -> list[Cell]:
     return run(cell, scorers, rng) if part == "release" else run(cell, scorers.get(cell["scorer"] or ""), rng)
 
 
-def simulate_all(parts: Sequence[str], grid: Grid, jobs: int) -> list[Cell]:
-    scorers = shipped()
-    tasks = [(part, i, cell) for part in parts for i, cell in enumerate(PARTS[part][0](grid, scorers))]
-    found: list[Cell] = []
-    start = said = time.monotonic()
-    with ProcessPoolExecutor(jobs) as pool:
-        for number, cells in enumerate(pool.map(simulate, tasks), 1):
-            found += cells
-            if time.monotonic() - said > 10 or number == len(tasks):
-                said = time.monotonic()
-                print(
-                    f"{tasks[number - 1][0]}: {number:,} of {len(tasks):,} cells, {said - start:.0f} s", file=sys.stderr
-                )
-    return found
-
-
-def summarise(cells: Sequence[Cell]) -> list[Row]:
-    """Print what users need, and give the rows that bars are set on, in per cent beside what is asked."""
-    coverage: dict[str, list[Cell]] = {}
-    for cell in cells:
-        if "coverage" in cell:
-            coverage.setdefault(cell["bound"], []).append(cell)
-    table = []
-    for kind, those in coverage.items():
-        worst = min(those, key=lambda cell: cell["coverage"])
-        where = ", ".join(
-            f"{k} {v}" for k, v in worst.items() if k not in ("bound", "coverage", "runs") and v is not None
-        )
-        mean, under = np.mean([cell["coverage"] for cell in those]), sum(cell["coverage"] < 0.94 for cell in those)
-        table.append((kind, f"{len(those)}", f"{worst['coverage']:.2%}", f"{under}", f"{mean:.2%}", where))
-    if table:
-        print_table("coverage, one-sided 95%", ("bound", "cells", "lowest", "< 94%", "mean", "lowest where"), table)
-    power = [cell for cell in cells if cell["bound"] == "power"]
-    if power:
-        columns = sorted({(cell["scorer"] or "no scorer", cell["samples"]) for cell in power})
-        prompts = {
-            (cell["threshold"], cell["scorer"] or "no scorer", cell["samples"]): cell["prompts"] for cell in power
-        }
-        print_table(
-            f"prompts at which a model at half the threshold is released with {POWER:.0%} (correlation {POWER_ICC})",
-            ("threshold", *(f"{name}, x {samples}" for name, samples in columns)),
-            [
-                (f"{limit:.0%}", *("never" if (n := prompts[limit, *c]) is None else f"{n:,}" for c in columns))
-                for limit in sorted({cell["threshold"] for cell in power})
-            ],
-        )
-    rows = []
-    if coverage:
-        lowest = min(cell["coverage"] for those in coverage.values() for cell in those)
-        highest = max(float(np.mean([cell["coverage"] for cell in those])) for those in coverage.values())
-        rows.append(Row("coverage_min", 100 * lowest, 94.0, "asked, % at least", 1.0))
-        rows.append(Row("coverage_mean", 100 * highest, 98.5, "asked, % at most", 1.0, less_is_better=True))
-    for metric, key in (("false_release", "released"), ("false_stop", "stopped")):
-        shares = [cell for cell in cells if key in cell]
-        if shares:
-            worst = max(shares, key=lambda cell: cell[key])
-            print(f"{metric}: {worst[key]:.2%} at most, in {worst}; {np.mean([c[key] for c in shares]):.2%} on average")
-            rows.append(Row(metric, 100 * worst[key], 5.0, "asked, % at most", 1.0, less_is_better=True))
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small grid with few replications: for a first look")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="these parts alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=OUT / "statistics_cells.json", help="every cell, as JSON")
+    parser.add_argument("--out", type=Path, default=OUT / "statistics_cells.jsonl", help="every cell, a line each")
     options = parser.parse_args()
-    start = time.monotonic()
-    cells = simulate_all(options.only, QUICK if options.quick else Grid(), options.jobs)
-    rows = summarise(cells)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"seed": SEED, "quick": options.quick, "seconds": time.monotonic() - start, "cells": cells}
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    report("statistics", rows)
+    grid, scorers = QUICK if options.quick else Grid(), shipped()
+    tasks = [(part, i, cell) for part in options.only for i, cell in enumerate(PARTS[part][0](grid, scorers))]
+    report("statistics", summarise(simulate_all(tasks, simulate, options.jobs, options.out)))
 
 
 if __name__ == "__main__":

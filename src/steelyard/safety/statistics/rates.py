@@ -99,7 +99,7 @@ def effective_sample(
     k = np.maximum(np.fmin(k, borne), 1)
     seen = np.where(few, seen, seen + np.maximum(seen - 1, 0) * 2 / k)
     in_general = 1 + ((times * m**2).sum(axis=-1) / n - 1) * DECLARED_ICC
-    declared = np.where(few, n / declared_effective_n(m, times), in_general)
+    declared = np.where(few, n / declared_effective_n(sizes, times), in_general)
     drawn = np.where(few, 1.0, np.minimum(1.0, DECLARED_CLUSTERS / k)) * np.maximum(declared - seen, 0.0)
     return np.asarray(n / np.clip(seen + drawn, 1.0, n))
 
