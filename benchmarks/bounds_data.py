@@ -112,7 +112,8 @@ def rate_bounds(
         return statistics.clustered_bounds(counts, size, confidence, histogram)[1:]
     observed = (histogram @ counts) / (histogram.sum(axis=-1) * size)
     n_eff = statistics.effective_sample(counts, size, confidence, histogram)
-    return statistics.corrected_bounds(observed, n_eff, errors, confidence)[::2]
+    declared = statistics.Declared.of(size, histogram)
+    return statistics.corrected_bounds(observed, n_eff, errors, confidence, declared)[::2]
 
 
 def paired_sums(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> Floats:

@@ -4,7 +4,7 @@ machine: the one bootstrap draws from a stream that is fixed by its own number o
 Every bound is one-sided at `confidence` (0.95 unless said otherwise): `upper` alone decides a pass, `lower` a fail.
 Samples come in clusters (template families, whose prompts and whose samples of one prompt are alike): they count for
 less than as many samples of different families. Fewer than two clusters, no sample, or one without a cluster is a
-StatisticsError: nothing can be said then. How well the bounds hold: `benchmarks/statistics.py`.
+StatisticsError: nothing can be said then. How well the bounds hold: `benchmarks/bounds.py`.
 
 Rates of independent items, where nothing is decided: `wilson` (two-sided, cards) and `clopper_pearson`.
 """
@@ -38,6 +38,7 @@ from steelyard.safety.statistics.rates import (
     DECLARED_CLUSTERS,
     DECLARED_ICC,
     Bound,
+    Declared,
     StatisticsError,
     clopper_pearson,
     clustered_bounds,
@@ -54,6 +55,7 @@ __all__ = [
     "MAX_SAMPLE",
     "RESAMPLES",
     "Bound",
+    "Declared",
     "Gap",
     "Pair",
     "PairBounds",
