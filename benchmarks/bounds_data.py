@@ -9,6 +9,7 @@ many labels as the card's, and every sample is judged by it with its errors.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -116,22 +117,32 @@ def rate_bounds(
     return statistics.corrected_bounds(observed, n_eff, errors, confidence, declared)[::2]
 
 
-def paired_sums(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> Floats:
-    """Worse minus better samples of every cluster, as seen; shape (runs, prompts)."""
+def paired_histograms(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> Any:
+    """How many of the clusters have -samples to +samples seen worse less seen better samples; (runs, 2 samples + 1).
+
+    The share of each such sum, summed over all counts of the true outcomes (worse, better, both, neither), whose
+    probabilities are the Dirichlet-multinomial's; the seen sum has a characteristic function for each outcome.
+    """
     worse, better, both = cell["outcomes"]
-    outcomes = np.array([worse, better, both, 1 - worse - better - both])
-    shape, icc = (cell["runs"], cell["prompts"]), cell["icc"]
-    rates = np.broadcast_to(outcomes, (*shape, 4))
+    size, icc = cell["samples"], cell["icc"]
+    rates = np.array([worse, better, both, 1 - worse - better - both])
+    counts = np.array([c for c in itertools.product(range(size + 1), repeat=4) if sum(c) == size])
+    choose = gammaln(size + 1) - gammaln(counts + 1).sum(axis=1)
     if icc:
-        gammas = rng.standard_gamma(outcomes * (1 - icc) / icc, size=(*shape, 4))
-        rates = gammas / gammas.sum(axis=-1, keepdims=True)
-    if errors is not None:  # chances that an event, and a sample without, are taken for an event
-        hit, miss = float(errors.sensitivity), 1 - float(errors.specificity)
-        after, before = np.array([hit, miss, hit, miss]), np.array([miss, hit, hit, miss])
-        more, less = rates @ (after * (1 - before)), rates @ (before * (1 - after))
+        a = rates * (1 - icc) / icc
+        share = np.exp(
+            choose + (gammaln(counts + a) - gammaln(a)).sum(axis=1) + gammaln(a.sum()) - gammaln(size + a.sum())
+        )
     else:
-        more, less = rates[..., 0], rates[..., 1]
-    ups = rng.binomial(cell["samples"], np.clip(more, 0, 1))
-    return np.asarray(
-        ups - rng.binomial(cell["samples"] - ups, np.clip(less / np.maximum(1 - more, 1e-300), 0, 1)), float
-    )
+        share = np.exp(choose + counts @ np.log(rates))
+    after, before = np.array([1.0, 0, 1, 0]), np.array([0.0, 1, 1, 0])
+    if errors is not None:  # chances that an event, and a sample without, are taken for an event
+        after, before = (
+            np.where(part, errors.sensitivity, 1 - np.asarray(errors.specificity)) for part in (after, before)
+        )
+    more, less = after * (1 - before), before * (1 - after)
+    turns = np.exp(2j * np.pi * np.arange(2 * size + 1) / (2 * size + 1))[:, None]
+    seen = (1 - more - less + more * turns + less / turns)[:, None, :] ** counts  # [frequencies, counts, outcomes]
+    sums = np.fft.fftshift(np.fft.fft(seen.prod(axis=-1) @ share).real) / (2 * size + 1)
+    sums = np.where(sums > 1e-14, sums, 0)
+    return rng.multinomial(cell["prompts"], sums / sums.sum(), size=cell["runs"])
