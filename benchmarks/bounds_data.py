@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import betaln, gammaln
 
 from steelyard.safety import statistics
-from steelyard.safety.battery import RateMetric, load_battery
+from steelyard.safety.battery import GapMetric, RateMetric, load_battery
 from steelyard.safety.statistics import ScorerErrors
 from steelyard.scorers.base import Calibration
 
@@ -52,14 +52,28 @@ def shipped() -> Scorers:
     }
 
 
-def calibrated(errors: ScorerErrors, runs: int, rng: np.random.Generator) -> ScorerErrors:
-    """What as many labels say of a scorer whose true errors these are, `runs` times."""
-    return ScorerErrors(
-        rng.binomial(int(errors.positives), errors.sensitivity, runs) / errors.positives,
-        errors.positives,
-        rng.binomial(int(errors.negatives), errors.specificity, runs) / errors.negatives,
-        errors.negatives,
-    )
+@cache
+def gap_scorers() -> set[str]:
+    """Those of them that a gap between groups is measured with."""
+    return {
+        f"{metric.scorer}.{metric.category}.{metric.event}"
+        for metric in load_battery("quick").metrics
+        if isinstance(metric, GapMetric)
+    }
+
+
+def calibrated(errors: ScorerErrors, runs: int, rng: np.random.Generator, surely: float = 0.5) -> ScorerErrors:
+    """What as many labels say of a scorer whose true errors these are, `runs` times. A calibration that the statistic
+    refuses decides nothing and is drawn again: one not better than chance at confidence `surely`."""
+    hits, passes, refused = np.zeros(runs), np.zeros(runs), np.ones(runs, dtype=bool)
+    while refused.any():
+        many = int(refused.sum())
+        hits[refused] = rng.binomial(int(errors.positives), errors.sensitivity, many) / errors.positives
+        passes[refused] = rng.binomial(int(errors.negatives), errors.specificity, many) / errors.negatives
+        known = ScorerErrors(hits, errors.positives, passes, errors.negatives)
+        youden, margin = known.youden_margin(surely)
+        refused = (np.asarray(known.youden) <= 0) | np.asarray(youden <= margin)
+    return known
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -146,3 +160,25 @@ def paired_histograms(cell: Cell, errors: ScorerErrors | None, rng: np.random.Ge
     sums = np.fft.fftshift(np.fft.fft(seen.prod(axis=-1) @ share).real) / (2 * size + 1)
     sums = np.where(sums > 1e-14, sums, 0)
     return rng.multinomial(cell["prompts"], sums / sums.sum(), size=cell["runs"])
+
+
+def group_sums(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> Any:
+    """Seen events of every group in every family, (runs, groups, families). One group has the second rate, one the
+    first; the others have the first too (`low`), or half of the groups each (`halves`: the lower bound's least
+    favourable case), or all the mean of the two (`middle`: the upper bound's). In a share of the families one draw
+    holds for all groups."""
+    low, high = cell["rates"]
+    runs, groups, templates = cell["runs"], cell["groups"], cell["templates"]
+    place = np.arange(groups)
+    rates = np.where(place < (groups // 2 if cell["others"] == "halves" else 1), high, low)
+    if cell["others"] == "middle":
+        rates = np.where((place == 0) | (place == groups - 1), rates, (low + high) / 2)
+    sums = np.zeros((runs, groups, templates), dtype=np.int64)
+    together, draw = rng.random((runs, 1, templates)) < cell["shared"], rng.random((runs, 1, templates))
+    for _ in range(cell["samples"]):
+        events = np.where(together, draw, rng.random((runs, groups, templates))) < rates[:, None]
+        if errors is not None:
+            noise = rng.random(events.shape)
+            events = np.where(events, noise < errors.sensitivity, noise >= errors.specificity)
+        sums += events
+    return sums

@@ -70,6 +70,8 @@ def simulate_all(tasks: Sequence[Task], simulate: Callable[[Task], list[Cell]], 
         asked = {pool.submit(simulate, task): task for task in todo}
         for count, future in enumerate(as_completed(asked), 1):
             part, number, task = asked.pop(future)
+            if future.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
             cells = done[part, number] = future.result()
             line = {"part": part, "number": number, "code": code, "task": task, "cells": cells}
             kept.write(json.dumps(line) + "\n")

@@ -31,7 +31,15 @@ from steelyard.safety.statistics.differences import (
     net_bounds,
     paired_difference,
 )
-from steelyard.safety.statistics.groups import Gap, Pair, PairBounds, group_gap, pair_bounds
+from steelyard.safety.statistics.groups import (
+    Gap,
+    Pair,
+    PairBounds,
+    difference_of_groups,
+    group_gap,
+    pair_bounds,
+    simultaneous_lower,
+)
 from steelyard.safety.statistics.planning import MAX_SAMPLE, sample_to_settle
 from steelyard.safety.statistics.rates import (
     CONFIDENCE,
@@ -74,6 +82,7 @@ __all__ = [
     "corrected_rate",
     "declared_effective_n",
     "difference_bounds",
+    "difference_of_groups",
     "difference_p",
     "effective_sample",
     "floor_of",
@@ -84,6 +93,7 @@ __all__ = [
     "pair_bounds",
     "paired_difference",
     "sample_to_settle",
+    "simultaneous_lower",
     "through_scorer",
     "wilson",
 ]
