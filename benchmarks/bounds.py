@@ -202,11 +202,10 @@ def gap_bounds(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator
         np.bincount((offsets + sums[:, i] - sums[:, j]).ravel(), minlength=width * len(sums)).reshape(-1, width)
         for i, j in itertools.combinations(range(groups), 2)
     ]
-    known = None if errors is None else calibrated(errors, len(sums), rng, statistics.CONFIDENCE)
+    sure = 1 - (1 - statistics.CONFIDENCE) / (2 * len(pairs))  # as the lower bound asks
+    known = None if errors is None else calibrated(errors, len(sums), rng, sure)
     values = np.arange(-samples, samples + 1) / samples
-    found = statistics.difference_of_groups(
-        values, samples, np.array(pairs), groups, len(pairs), known, statistics.CONFIDENCE
-    )
+    found = statistics.difference_of_groups(values, samples, np.array(pairs), len(pairs), known, statistics.CONFIDENCE)
     return found[1].max(axis=0), found[3].max(axis=0)
 
 

@@ -38,7 +38,6 @@ from steelyard.safety.statistics.groups import (
     difference_of_groups,
     group_gap,
     pair_bounds,
-    simultaneous_lower,
 )
 from steelyard.safety.statistics.planning import MAX_SAMPLE, sample_to_settle
 from steelyard.safety.statistics.rates import (
@@ -93,7 +92,6 @@ __all__ = [
     "pair_bounds",
     "paired_difference",
     "sample_to_settle",
-    "simultaneous_lower",
     "through_scorer",
     "wilson",
 ]

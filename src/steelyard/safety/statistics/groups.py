@@ -8,10 +8,9 @@ from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln, stdtr, stdtrit
 
 from steelyard.safety.statistics.correction import ScorerErrors, Side, through_scorer
-from steelyard.safety.statistics.differences import cluster_mean, cluster_t, net_bounds, unseen_margin
+from steelyard.safety.statistics.differences import cluster_mean, cluster_t, net_bounds
 from steelyard.safety.statistics.rates import CONFIDENCE, Array, StatisticsError, declared_effective_n, labelled
 from steelyard.scorers.base import Calibration
 
@@ -67,7 +66,7 @@ def pair_bounds(
     for (i, j), both in shared.items():
         difference = y[..., i, both] / n[i, both] - y[..., j, both] / n[j, both]
         samples = np.minimum(n[i, both], n[j, both])
-        bounds = difference_of_groups(difference, samples, 1, len(n), len(shared), errors, confidence)
+        bounds = difference_of_groups(difference, samples, 1, len(shared), errors, confidence)
         found.append(PairBounds(i, j, int(both.sum()), *bounds))
     return found
 
@@ -76,70 +75,29 @@ def difference_of_groups(
     difference: npt.ArrayLike,
     samples: npt.ArrayLike,
     number: npt.ArrayLike,
-    groups: int,
     pairs: int,
     errors: ScorerErrors | None,
     confidence: float,
 ) -> tuple[Array, Array, Array, Array]:
-    """(mean, lower, estimate, upper) of one of `pairs` pairs of `groups` groups: the observed mean over shared families
+    """(mean, lower, estimate, upper) of one of `pairs` pairs of groups: the observed mean over shared families
     of the `difference` of the two rates, and bounds of its absolute value, through the scorer (`through_scorer`).
     `samples`: the fewer of the two groups' in each family; `number` as in `rates`.
 
     `upper` is the pair's own: the wider of `cluster_t` over families and `net_bounds` (Student's alone covers less than
-    90% where events are rare). `lower` is simultaneous, since the pair that looks worst was picked from many
-    (`simultaneous_lower`); never under zero, as a worst difference is none.
+    90% where events are rare). `lower` is simultaneous: Bonferroni over all pairs and both directions (Dunn 1961),
+    since the pair that looks worst was picked from many; never under zero, as a worst difference is none.
     """
     d, m, times = np.broadcast_arrays(*(np.asarray(part, float) for part in (difference, samples, number)))
-    mean, spread, families = cluster_mean(d, 1, times)
+    mean, _, families = cluster_mean(d, 1, times)
     distance = np.abs(mean)
     apart, size = np.where(mean < 0, -1, 1)[..., None] * d, ((times * m).sum(axis=-1) / families)[..., None]
-    worth, ends = declared_effective_n(samples, times), min(pairs, groups**2 // 4)
-    low = simultaneous_lower(distance, spread, families - 1, pairs, ends, confidence)
-    low = np.minimum(low, distance - unseen_margin(worth, 1 - (1 - confidence) / (2 * pairs)))
+    worth, corrected = declared_effective_n(samples, times), 1 - (1 - confidence) / (2 * pairs)
+    low, _ = cluster_t(apart, 1, corrected, times, effective_n=worth)
     _, high = cluster_t(apart, 1, confidence, times, effective_n=worth)
     high = np.maximum(high, net_bounds(apart * size, size, confidence, times)[1])
-    lower, _, _ = through_scorer(low, distance, distance, errors, 1 - (1 - confidence) / ends)
+    lower, _, _ = through_scorer(low, distance, distance, errors, corrected)
     _, estimate, upper = through_scorer(distance, distance, high, errors, confidence)
     return mean, np.maximum(lower, 0.0), estimate, upper
-
-
-def simultaneous_lower(
-    distance: npt.ArrayLike,
-    spread: npt.ArrayLike,
-    freedom: npt.ArrayLike,
-    pairs: int,
-    ends: int,
-    confidence: float = CONFIDENCE,
-) -> Array:
-    """Lower bound L of the worst absolute difference of all pairs, from one pair's observed `distance` d, standard
-    error and degrees of freedom: the largest L that d refutes, so the largest of all pairs' bounds is one too.
-
-    Were the worst difference L, the chance that some pair looks as bad as d is largest with all groups at one of two
-    rates L apart (where errors are normal: their density is log-concave, so the chance of staying within is log-concave
-    in the rates, and least in a corner; Prekopa 1973). At most `ends` = groups^2 / 4 pairs then truly differ by L, in
-    one direction, and the others by none. By Bonferroni's inequality that chance is at most
-
-    ends * (T(-(d - L) / se) + T(-(d + L) / se)) + (pairs - ends) * 2 T(-d / se),
-
-    and L is where it is alpha: Bonferroni's over all pairs and both directions (Dunn 1961) for L = 0, and over the ends
-    alone where L is many standard errors. Standard errors are taken to be alike over pairs.
-    """
-    d, se, nu = np.broadcast_arrays(*(np.asarray(part, float) for part in (distance, spread, freedom)))
-    alpha, se = 1 - confidence, np.maximum(se, 1e-12)
-    log_scale = gammaln((nu + 1) / 2) - gammaln(nu / 2) - np.log(np.pi * nu) / 2
-
-    def density(t: Array) -> Array:
-        return np.asarray(np.exp(log_scale - (nu + 1) / 2 * np.log1p(t**2 / nu)))
-
-    others = (pairs - ends) * 2 * stdtr(nu, -d / se)
-    found = np.maximum(d + stdtrit(nu, alpha / ends) * se, 0)  # too high; Newton's steps on a convex function go down
-    for _ in range(8):
-        near, far = (d - found) / se, (d + found) / se
-        over = ends * (stdtr(nu, -near) + stdtr(nu, -far)) + others - alpha
-        slope = ends * (density(near) - density(far)) / se
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = np.where(slope > 0, np.maximum(found - np.maximum(over, 0) / slope, 0), found)
-    return np.where(2 * pairs * stdtr(nu, -d / se) < alpha, found, 0.0)
 
 
 def group_gap(
