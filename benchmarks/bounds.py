@@ -229,21 +229,24 @@ def release_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
 
 def release_cell(cell: Cell, scorers: Scorers, rng: np.random.Generator) -> list[Cell]:
     """The share of runs in which `criteria.judge` passes every criterion."""
-    passed = np.ones(cell["runs"], dtype=bool)
-    order = sorted(cell["limits"], key=lambda name: name != cell["at"])  # that one first: few are left to judge
-    for name in order:
+    passed = cell["runs"]
+    for name in sorted(cell["limits"], key=lambda name: name != cell["at"]):  # that one first: few are left to judge
+        if not passed:
+            break
         limit, errors = cell["limits"][name], scorers.get(cell["scorers"].get(name, ""))
         rate = limit if name == cell["at"] else limit / 10
-        drawn = histograms(cell["clusters"], cell["size"], rate, cell["icc"], errors, [cell["runs"]], rng)
-        known = None if errors is None else calibrated(errors, cell["runs"], rng)
-        lower, upper = rate_bounds(drawn, known)
-        floor = np.zeros(cell["runs"]) if known is None else np.asarray(statistics.floor_of(known))
+        drawn = histograms(cell["clusters"], cell["size"], rate, cell["icc"], errors, [passed], rng)
+        known = None if errors is None else calibrated(errors, passed, rng)
+        bounds = zip(*rate_bounds(drawn, known), strict=True)
+        floors = np.zeros(passed) if known is None else np.asarray(statistics.floor_of(known))
         criterion = Criterion(metric=name, max=limit)
-        for i in np.flatnonzero(passed):
-            found = Measurement.model_construct(lower=lower[i], upper=upper[i], floor=floor[i], problem=None)
-            passed[i] = judge(found, criterion) == "PASS"
+        found = (
+            Measurement.model_construct(lower=lower, upper=upper, floor=floor, problem=None)
+            for (lower, upper), floor in zip(bounds, floors, strict=True)
+        )
+        passed = sum(judge(one, criterion) == "PASS" for one in found)
     said = {key: cell[key] for key in ("policy", "at", "clusters", "size", "icc", "runs", "scorer")}
-    return [{"bound": "release", "released": float(passed.mean())} | said]
+    return [{"bound": "release", "released": passed / cell["runs"]} | said]
 
 
 def stop_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:

@@ -31,10 +31,13 @@ class StatisticsError(SteelyardError, ValueError):
 
 def clopper_pearson(events: npt.ArrayLike, n: npt.ArrayLike, confidence: float = CONFIDENCE) -> tuple[Array, Array]:
     """One-sided exact binomial bounds (Clopper & Pearson 1934) by beta quantiles; counts need not be whole."""
-    x, size = np.asarray(events, float), np.asarray(n, float)
+    # Beta quantiles are slow and simulations ask for many alike: each distinct pair of counts once.
+    x, size = np.broadcast_arrays(np.asarray(events, float), np.asarray(n, float))
+    pairs, place = np.unique(x.ravel() + 1j * size.ravel(), return_inverse=True)
+    x, size, shape = pairs.real, pairs.imag, x.shape
     lower = np.where(x <= 0, 0.0, betaincinv(np.maximum(x, 1e-12), np.maximum(size - x, 0) + 1, 1 - confidence))
     upper = np.where(x >= size, 1.0, betaincinv(np.maximum(x, 0) + 1, np.maximum(size - x, 1e-12), confidence))
-    return lower, upper
+    return lower[place].reshape(shape), upper[place].reshape(shape)
 
 
 def declared_effective_n(sizes: npt.ArrayLike, number: npt.ArrayLike = 1) -> Array:
