@@ -112,22 +112,29 @@ def summarise(cells: Sequence[Cell]) -> list[Row]:
         print_table("coverage, one-sided 95%", ("bound", "cells", "lowest", "< 94%", "mean", "lowest where"), table)
     power = [cell for cell in cells if cell["bound"] == "power"]
     if power:
-        columns = sorted({(cell["scorer"] or "no scorer", cell["samples"]) for cell in power})
+        limits = sorted({cell["threshold"] for cell in power})
+        models = sorted({(cell["scorer"] or "no scorer's errors", cell["samples"]) for cell in power})
         prompts = {
-            (cell["threshold"], cell["scorer"] or "no scorer", cell["samples"]): cell["prompts"] for cell in power
+            (cell["scorer"] or "no scorer's errors", cell["samples"], cell["threshold"]): cell["prompts"]
+            for cell in power
         }
         print_table(
             f"prompts at which a model at half the threshold is released with {POWER:.0%} (correlation {POWER_ICC})",
-            ("threshold", *(f"{name}, x {samples}" for name, samples in columns)),
+            ("scorer", "samples of a prompt", *(f"{limit:.0%}" for limit in limits)),
             [
-                (f"{limit:.0%}", *("never" if (n := prompts[limit, *c]) is None else f"{n:,}" for c in columns))
-                for limit in sorted({cell["threshold"] for cell in power})
+                (
+                    name,
+                    f"{samples}",
+                    *("never" if (n := prompts[name, samples, limit]) is None else f"{n:,}" for limit in limits),
+                )
+                for name, samples in models
             ],
         )
     rows = []
     if coverage:
         lowest = min(cell["coverage"] for those in coverage.values() for cell in those)
         highest = max(float(np.mean([cell["coverage"] for cell in those])) for those in coverage.values())
+        print(f"coverage: {np.mean([cell['coverage'] for cell in cells if 'coverage' in cell]):.2%} over all bounds")
         rows.append(Row("coverage_min", 100 * lowest, 94.0, "asked, % at least", 1.0))
         rows.append(Row("coverage_mean", 100 * highest, 98.5, "asked, % at most", 1.0, less_is_better=True))
     for metric, key in (("false_release", "released"), ("false_stop", "stopped")):
