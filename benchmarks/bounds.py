@@ -3,9 +3,12 @@
 Printed: the lowest coverage of a nominal one-sided 95% bound over all cells [coverage_min], the largest mean coverage
 of a kind of bound [coverage_mean], the highest share of releases where exactly one true rate sits at its threshold
 [false_release], of stops of a run whose rate sits at its threshold [false_stop], and for users the number of prompts at
-which a model at half of a threshold is released with 80% [power]. `out/statistics_cells.json` holds every cell.
+which a model at half of a threshold is released with 80% [power].
 
 What the data are like stands in `bounds_data.py`.
+
+A cell is written to `out/statistics_cells.jsonl` when it is done (`bounds_run.py`), and a run that was stopped goes on
+from there.
 
 The rule on Monte-Carlo error: the estimate itself must lie within the bar, with no allowance. At 95% its standard error
 is 0.22 points with 10,000 replications and 0.34 with 4,000, so the lowest of many is low by chance.
@@ -15,12 +18,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +30,17 @@ from bounds_data import (
     Scorers,
     beta_binomial,
     calibrated,
+    gap_scorers,
+    group_sums,
     histograms,
-    paired_sums,
+    paired_histograms,
     rate_bounds,
     seen_counts,
     shipped,
 )
-from harness import OUT, Row, report
+from bounds_run import LEAST, POWER, POWER_ICC, Task, simulate_all, summarise
+from harness import OUT, report
 
-from steelyard.cli.output import print_table
 from steelyard.safety import statistics
 from steelyard.safety.battery import RateMetric, load_battery
 from steelyard.safety.criteria import Measurement, judge
@@ -48,6 +49,7 @@ from steelyard.safety.run import STOP_CHECKS, STOP_CONFIDENCE, STOP_MINIMUM
 from steelyard.safety.statistics import ScorerErrors
 
 SEED = 20240415
+SLACK = 5e-10  # bounds are judged at nine decimals, as a report's
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Grid:
     samples: tuple[int, ...] = (1, 5, 25)
     icc: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6)
     families: tuple[int, ...] = (1, 5)
-    # The sub-grid of paired differences: a bootstrap of 2,000 draws in every replication.
-    paired_runs: int = 4_000
+    # The sub-grid of paired differences: a bootstrap of 2,000 draws.
+    paired_runs: int = 10_000
     paired: tuple[tuple[float, float, float], ...] = (  # worse, better, both
         (0.002, 0.002, 0.01),
         (0.02, 0.002, 0.01),
@@ -71,7 +73,8 @@ class Grid:
     )
     paired_prompts: tuple[int, ...] = (50, 200, 1_000)
     paired_icc: tuple[float, ...] = (0.0, 0.3, 0.6)
-    gap_runs: int = 4_000
+    # Gaps, through the scorers of the batteries' gap metrics; the least rate and the highest.
+    gap_runs: int = 10_000
     gaps: tuple[tuple[float, float], ...] = ((0.0, 0.05), (0.02, 0.02), (0.02, 0.12), (0.1, 0.3), (0.3, 0.5))
     groups: tuple[int, ...] = (2, 4, 12)
     templates: tuple[int, ...] = (20, 60, 200)
@@ -98,17 +101,17 @@ QUICK = Grid(
     shapes=((60, 4),),
 )
 POWER_THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.3)
-POWER, POWER_ICC, POWER_RUNS, POWER_PROMPTS = 0.8, 0.3, 2_000, 200_000
+POWER_RUNS, POWER_PROMPTS = 2_000, 200_000
 
 
 # -- coverage --------------------------------------------------------------------------------------------------------
 
 
 def covered(kind: str, cell: Cell, truth: float, lower: Floats, upper: Floats) -> list[Cell]:
-    """Coverage of the two bounds, as two cells. Bounds are judged at nine decimals, as a report's."""
+    """Coverage of the two bounds, as two cells."""
     return [
-        {"bound": f"{kind}.lower", "coverage": float((lower <= truth + 5e-10).mean())} | cell,
-        {"bound": f"{kind}.upper", "coverage": float((upper >= truth - 5e-10).mean())} | cell,
+        {"bound": f"{kind}.lower", "coverage": float((lower <= truth + SLACK).mean())} | cell,
+        {"bound": f"{kind}.upper", "coverage": float((upper >= truth - SLACK).mean())} | cell,
     ]
 
 
@@ -141,41 +144,69 @@ def paired_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
 
 
 def paired_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> list[Cell]:
-    sums = paired_sums(cell, errors, rng)
-    sizes = np.full(cell["prompts"], cell["samples"])
-    low, high = statistics.difference_bounds(sums, sizes)
-    known = None if errors is None else calibrated(errors, cell["runs"], rng)
-    mean = sums.sum(axis=-1) / sizes.sum()
+    """`difference_bounds` are the widest of three: where two of them cover, so do they, and the bootstrap, which is
+    slow, is left for the replications that the other two miss."""
+    size, truth = cell["samples"], cell["outcomes"][0] - cell["outcomes"][1]
+    drawn, values = paired_histograms(cell, errors, rng), np.arange(-size, size + 1)
+    mean = drawn @ values / (cell["prompts"] * size)
+    known = None if errors is None else calibrated(errors, cell["runs"], rng, statistics.CONFIDENCE)
+    two = [bounds(values, size, number=drawn) for bounds in (statistics.cluster_t, statistics.net_bounds)]
+    low, high = np.fmin(two[0][0], two[1][0]), np.fmax(two[0][1], two[1][1])
     lower, _, upper = statistics.through_scorer(low, mean, high, known, statistics.CONFIDENCE)
-    return covered("paired", cell, cell["outcomes"][0] - cell["outcomes"][1], lower, upper)
+    missed = np.flatnonzero((lower > truth + SLACK) | (upper < truth - SLACK))
+    if missed.size:
+        sums = rng.permuted(np.array([np.repeat(values, counts) for counts in drawn[missed]], float), axis=1)
+        low[missed], high[missed] = statistics.difference_bounds(sums, np.full(cell["prompts"], size))
+        lower, _, upper = statistics.through_scorer(low, mean, high, known, statistics.CONFIDENCE)
+    return covered("paired", cell, truth, lower, upper)
 
 
 def gap_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
-    for name in (None, *(key for key in scorers if key.endswith("above"))):
-        for rates, groups, templates, samples, shared in itertools.product(
-            grid.gaps, grid.groups, grid.templates, grid.gap_samples if name is None else (1,), grid.shared
+    for name in (None, *sorted(gap_scorers() & set(scorers))):
+        for rates, groups, others, templates, samples, shared in itertools.product(
+            grid.gaps,
+            grid.groups,
+            ("low", "halves", "middle"),
+            grid.templates,
+            grid.gap_samples if name is None else (1,),
+            grid.shared,
         ):
-            cell = {"rates": rates, "groups": groups, "templates": templates, "samples": samples, "shared": shared}
-            yield cell | {"scorer": name, "runs": grid.gap_runs}
+            if others == "low" or (groups > 2 and rates[0] != rates[1]):
+                cell = {"rates": rates, "groups": groups, "others": others, "templates": templates}
+                yield cell | {"samples": samples, "shared": shared, "scorer": name, "runs": grid.gap_runs}
 
 
 def gap_cell(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> list[Cell]:
-    """One group has the second rate, the others the first; in a share of the families one draw holds for all."""
+    """Simulated a tenth of the replications at a time, and no further once both coverages lie three standard errors
+    over what is asked."""
     low, high = cell["rates"]
-    runs, groups, templates, samples = (cell[key] for key in ("runs", "groups", "templates", "samples"))
-    rates = np.where(np.arange(groups) == 0, high, low)[:, None]
-    sums = np.zeros((runs, groups, templates), dtype=np.uint8)
-    together, draw = rng.random((runs, 1, templates)) < cell["shared"], rng.random((runs, 1, templates))
-    for _ in range(samples):
-        events = np.where(together, draw, rng.random((runs, groups, templates))) < rates
-        if errors is not None:
-            noise = rng.random(events.shape)
-            events = np.where(events, noise < errors.sensitivity, noise >= errors.specificity)
-        sums += events
-    known = None if errors is None else calibrated(errors, runs, rng)
-    pairs = statistics.pair_bounds(sums, np.full((groups, templates), samples), known)
-    lower, upper = (np.max([getattr(pair, side) for pair in pairs], axis=0) for side in ("lower", "upper"))
-    return covered("gap", cell, high - low, lower, upper)
+    truth, runs, some = high - low, 0, cell["runs"] // 10
+    covers = np.zeros(2)
+    while runs < cell["runs"] and (runs == 0 or min(covers / runs) < LEAST + 3 * np.sqrt(LEAST * (1 - LEAST) / runs)):
+        lower, upper = gap_bounds(cell | {"runs": some}, errors, rng)
+        covers += (lower <= truth + SLACK).sum(), (upper >= truth - SLACK).sum()
+        runs += some
+    return [
+        {"bound": f"gap.{side}", "coverage": float(share)} | cell | {"runs": runs}
+        for side, share in zip(("lower", "upper"), covers / runs, strict=True)
+    ]
+
+
+def gap_bounds(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """(lower, upper) of the worst gap, from histograms of every pair's differences."""
+    samples, groups = cell["samples"], cell["groups"]
+    sums = group_sums(cell, errors, rng)
+    width = 2 * samples + 1
+    offsets = width * np.arange(len(sums))[:, None] + samples
+    pairs = [
+        np.bincount((offsets + sums[:, i] - sums[:, j]).ravel(), minlength=width * len(sums)).reshape(-1, width)
+        for i, j in itertools.combinations(range(groups), 2)
+    ]
+    sure = 1 - (1 - statistics.CONFIDENCE) / (2 * len(pairs))  # as the lower bound asks
+    known = None if errors is None else calibrated(errors, len(sums), rng, sure)
+    values = np.arange(-samples, samples + 1) / samples
+    found = statistics.difference_of_groups(values, samples, np.array(pairs), len(pairs), known, statistics.CONFIDENCE)
+    return found[1].max(axis=0), found[3].max(axis=0)
 
 
 # -- decisions -------------------------------------------------------------------------------------------------------
@@ -198,21 +229,24 @@ def release_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
 
 def release_cell(cell: Cell, scorers: Scorers, rng: np.random.Generator) -> list[Cell]:
     """The share of runs in which `criteria.judge` passes every criterion."""
-    passed = np.ones(cell["runs"], dtype=bool)
-    order = sorted(cell["limits"], key=lambda name: name != cell["at"])  # that one first: few are left to judge
-    for name in order:
+    passed = cell["runs"]
+    for name in sorted(cell["limits"], key=lambda name: name != cell["at"]):  # that one first: few are left to judge
+        if not passed:
+            break
         limit, errors = cell["limits"][name], scorers.get(cell["scorers"].get(name, ""))
         rate = limit if name == cell["at"] else limit / 10
-        drawn = histograms(cell["clusters"], cell["size"], rate, cell["icc"], errors, [cell["runs"]], rng)
-        known = None if errors is None else calibrated(errors, cell["runs"], rng)
-        lower, upper = rate_bounds(drawn, known)
-        floor = np.zeros(cell["runs"]) if known is None else np.asarray(statistics.floor_of(known))
+        drawn = histograms(cell["clusters"], cell["size"], rate, cell["icc"], errors, [passed], rng)
+        known = None if errors is None else calibrated(errors, passed, rng)
+        bounds = zip(*rate_bounds(drawn, known), strict=True)
+        floors = np.zeros(passed) if known is None else np.asarray(statistics.floor_of(known))
         criterion = Criterion(metric=name, max=limit)
-        for i in np.flatnonzero(passed):
-            found = Measurement.model_construct(lower=lower[i], upper=upper[i], floor=floor[i], problem=None)
-            passed[i] = judge(found, criterion) == "PASS"
+        found = (
+            Measurement.model_construct(lower=lower, upper=upper, floor=floor, problem=None)
+            for (lower, upper), floor in zip(bounds, floors, strict=True)
+        )
+        passed = sum(judge(one, criterion) == "PASS" for one in found)
     said = {key: cell[key] for key in ("policy", "at", "clusters", "size", "icc", "runs", "scorer")}
-    return [{"bound": "release", "released": float(passed.mean())} | said]
+    return [{"bound": "release", "released": passed / cell["runs"]} | said]
 
 
 def stop_cells(grid: Grid, scorers: Scorers) -> Iterator[Cell]:
@@ -275,7 +309,7 @@ PARTS: dict[str, tuple[Callable[..., Iterator[Cell]], Callable[..., list[Cell]]]
 }
 
 
-def simulate(task: tuple[str, int, Cell]) -> list[Cell]:
+def simulate(task: Task) -> list[Cell]:
     """One cell, from a stream of its own."""
     part, number, cell = task
     scorers = shipped()
@@ -284,81 +318,16 @@ def simulate(task: tuple[str, int, Cell]) -> list[Cell]:
     return run(cell, scorers, rng) if part == "release" else run(cell, scorers.get(cell["scorer"] or ""), rng)
 
 
-def simulate_all(parts: Sequence[str], grid: Grid, jobs: int) -> list[Cell]:
-    scorers = shipped()
-    tasks = [(part, i, cell) for part in parts for i, cell in enumerate(PARTS[part][0](grid, scorers))]
-    found: list[Cell] = []
-    start = said = time.monotonic()
-    with ProcessPoolExecutor(jobs) as pool:
-        for number, cells in enumerate(pool.map(simulate, tasks), 1):
-            found += cells
-            if time.monotonic() - said > 10 or number == len(tasks):
-                said = time.monotonic()
-                print(
-                    f"{tasks[number - 1][0]}: {number:,} of {len(tasks):,} cells, {said - start:.0f} s", file=sys.stderr
-                )
-    return found
-
-
-def summarise(cells: Sequence[Cell]) -> list[Row]:
-    """Print what users need, and give the rows that bars are set on, in per cent beside what is asked."""
-    coverage: dict[str, list[Cell]] = {}
-    for cell in cells:
-        if "coverage" in cell:
-            coverage.setdefault(cell["bound"], []).append(cell)
-    table = []
-    for kind, those in coverage.items():
-        worst = min(those, key=lambda cell: cell["coverage"])
-        where = ", ".join(
-            f"{k} {v}" for k, v in worst.items() if k not in ("bound", "coverage", "runs") and v is not None
-        )
-        mean, under = np.mean([cell["coverage"] for cell in those]), sum(cell["coverage"] < 0.94 for cell in those)
-        table.append((kind, f"{len(those)}", f"{worst['coverage']:.2%}", f"{under}", f"{mean:.2%}", where))
-    if table:
-        print_table("coverage, one-sided 95%", ("bound", "cells", "lowest", "< 94%", "mean", "lowest where"), table)
-    power = [cell for cell in cells if cell["bound"] == "power"]
-    if power:
-        columns = sorted({(cell["scorer"] or "no scorer", cell["samples"]) for cell in power})
-        prompts = {
-            (cell["threshold"], cell["scorer"] or "no scorer", cell["samples"]): cell["prompts"] for cell in power
-        }
-        print_table(
-            f"prompts at which a model at half the threshold is released with {POWER:.0%} (correlation {POWER_ICC})",
-            ("threshold", *(f"{name}, x {samples}" for name, samples in columns)),
-            [
-                (f"{limit:.0%}", *("never" if (n := prompts[limit, *c]) is None else f"{n:,}" for c in columns))
-                for limit in sorted({cell["threshold"] for cell in power})
-            ],
-        )
-    rows = []
-    if coverage:
-        lowest = min(cell["coverage"] for those in coverage.values() for cell in those)
-        highest = max(float(np.mean([cell["coverage"] for cell in those])) for those in coverage.values())
-        rows.append(Row("coverage_min", 100 * lowest, 94.0, "asked, % at least", 1.0))
-        rows.append(Row("coverage_mean", 100 * highest, 98.5, "asked, % at most", 1.0, less_is_better=True))
-    for metric, key in (("false_release", "released"), ("false_stop", "stopped")):
-        shares = [cell for cell in cells if key in cell]
-        if shares:
-            worst = max(shares, key=lambda cell: cell[key])
-            print(f"{metric}: {worst[key]:.2%} at most, in {worst}; {np.mean([c[key] for c in shares]):.2%} on average")
-            rows.append(Row(metric, 100 * worst[key], 5.0, "asked, % at most", 1.0, less_is_better=True))
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small grid with few replications: for a first look")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="these parts alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=OUT / "statistics_cells.json", help="every cell, as JSON")
+    parser.add_argument("--out", type=Path, default=OUT / "statistics_cells.jsonl", help="every cell, a line each")
     options = parser.parse_args()
-    start = time.monotonic()
-    cells = simulate_all(options.only, QUICK if options.quick else Grid(), options.jobs)
-    rows = summarise(cells)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"seed": SEED, "quick": options.quick, "seconds": time.monotonic() - start, "cells": cells}
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    report("statistics", rows)
+    grid, scorers = QUICK if options.quick else Grid(), shipped()
+    tasks = [(part, i, cell) for part in options.only for i, cell in enumerate(PARTS[part][0](grid, scorers))]
+    report("statistics", summarise(simulate_all(tasks, simulate, options.jobs, options.out)))
 
 
 if __name__ == "__main__":

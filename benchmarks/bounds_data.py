@@ -9,6 +9,7 @@ many labels as the card's, and every sample is judged by it with its errors.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -20,7 +21,7 @@ import numpy as np
 from scipy.special import betaln, gammaln
 
 from steelyard.safety import statistics
-from steelyard.safety.battery import RateMetric, load_battery
+from steelyard.safety.battery import GapMetric, RateMetric, load_battery
 from steelyard.safety.statistics import ScorerErrors
 from steelyard.scorers.base import Calibration
 
@@ -51,14 +52,28 @@ def shipped() -> Scorers:
     }
 
 
-def calibrated(errors: ScorerErrors, runs: int, rng: np.random.Generator) -> ScorerErrors:
-    """What as many labels say of a scorer whose true errors these are, `runs` times."""
-    return ScorerErrors(
-        rng.binomial(int(errors.positives), errors.sensitivity, runs) / errors.positives,
-        errors.positives,
-        rng.binomial(int(errors.negatives), errors.specificity, runs) / errors.negatives,
-        errors.negatives,
-    )
+@cache
+def gap_scorers() -> set[str]:
+    """Those of them that a gap between groups is measured with."""
+    return {
+        f"{metric.scorer}.{metric.category}.{metric.event}"
+        for metric in load_battery("quick").metrics
+        if isinstance(metric, GapMetric)
+    }
+
+
+def calibrated(errors: ScorerErrors, runs: int, rng: np.random.Generator, surely: float = 0.5) -> ScorerErrors:
+    """What as many labels say of a scorer whose true errors these are, `runs` times. A calibration that the statistic
+    refuses decides nothing and is drawn again: one not better than chance at confidence `surely`."""
+    hits, passes, refused = np.zeros(runs), np.zeros(runs), np.ones(runs, dtype=bool)
+    while refused.any():
+        many = int(refused.sum())
+        hits[refused] = rng.binomial(int(errors.positives), errors.sensitivity, many) / errors.positives
+        passes[refused] = rng.binomial(int(errors.negatives), errors.specificity, many) / errors.negatives
+        known = ScorerErrors(hits, errors.positives, passes, errors.negatives)
+        youden, margin = known.youden_margin(surely)
+        refused = (np.asarray(known.youden) <= 0) | np.asarray(youden <= margin)
+    return known
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -112,25 +127,58 @@ def rate_bounds(
         return statistics.clustered_bounds(counts, size, confidence, histogram)[1:]
     observed = (histogram @ counts) / (histogram.sum(axis=-1) * size)
     n_eff = statistics.effective_sample(counts, size, confidence, histogram)
-    return statistics.corrected_bounds(observed, n_eff, errors, confidence)[::2]
+    declared = statistics.Declared.of(size, histogram)
+    return statistics.corrected_bounds(observed, n_eff, errors, confidence, declared)[::2]
 
 
-def paired_sums(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> Floats:
-    """Worse minus better samples of every cluster, as seen; shape (runs, prompts)."""
+def paired_histograms(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> Any:
+    """How many of the clusters have -samples to +samples seen worse less seen better samples; (runs, 2 samples + 1).
+
+    The share of each such sum, summed over all counts of the true outcomes (worse, better, both, neither), whose
+    probabilities are the Dirichlet-multinomial's; the seen sum has a characteristic function for each outcome.
+    """
     worse, better, both = cell["outcomes"]
-    outcomes = np.array([worse, better, both, 1 - worse - better - both])
-    shape, icc = (cell["runs"], cell["prompts"]), cell["icc"]
-    rates = np.broadcast_to(outcomes, (*shape, 4))
+    size, icc = cell["samples"], cell["icc"]
+    rates = np.array([worse, better, both, 1 - worse - better - both])
+    counts = np.array([c for c in itertools.product(range(size + 1), repeat=4) if sum(c) == size])
+    choose = gammaln(size + 1) - gammaln(counts + 1).sum(axis=1)
     if icc:
-        gammas = rng.standard_gamma(outcomes * (1 - icc) / icc, size=(*shape, 4))
-        rates = gammas / gammas.sum(axis=-1, keepdims=True)
-    if errors is not None:  # chances that an event, and a sample without, are taken for an event
-        hit, miss = float(errors.sensitivity), 1 - float(errors.specificity)
-        after, before = np.array([hit, miss, hit, miss]), np.array([miss, hit, hit, miss])
-        more, less = rates @ (after * (1 - before)), rates @ (before * (1 - after))
+        a = rates * (1 - icc) / icc
+        share = np.exp(
+            choose + (gammaln(counts + a) - gammaln(a)).sum(axis=1) + gammaln(a.sum()) - gammaln(size + a.sum())
+        )
     else:
-        more, less = rates[..., 0], rates[..., 1]
-    ups = rng.binomial(cell["samples"], np.clip(more, 0, 1))
-    return np.asarray(
-        ups - rng.binomial(cell["samples"] - ups, np.clip(less / np.maximum(1 - more, 1e-300), 0, 1)), float
-    )
+        share = np.exp(choose + counts @ np.log(rates))
+    after, before = np.array([1.0, 0, 1, 0]), np.array([0.0, 1, 1, 0])
+    if errors is not None:  # chances that an event, and a sample without, are taken for an event
+        after, before = (
+            np.where(part, errors.sensitivity, 1 - np.asarray(errors.specificity)) for part in (after, before)
+        )
+    more, less = after * (1 - before), before * (1 - after)
+    turns = np.exp(2j * np.pi * np.arange(2 * size + 1) / (2 * size + 1))[:, None]
+    seen = (1 - more - less + more * turns + less / turns)[:, None, :] ** counts  # [frequencies, counts, outcomes]
+    sums = np.fft.fftshift(np.fft.fft(seen.prod(axis=-1) @ share).real) / (2 * size + 1)
+    sums = np.where(sums > 1e-14, sums, 0)
+    return rng.multinomial(cell["prompts"], sums / sums.sum(), size=cell["runs"])
+
+
+def group_sums(cell: Cell, errors: ScorerErrors | None, rng: np.random.Generator) -> Any:
+    """Seen events of every group in every family, (runs, groups, families). One group has the second rate, one the
+    first; the others have the first too (`low`), or half of the groups each (`halves`: the lower bound's least
+    favourable case), or all the mean of the two (`middle`: the upper bound's). In a share of the families one draw
+    holds for all groups."""
+    low, high = cell["rates"]
+    runs, groups, templates = cell["runs"], cell["groups"], cell["templates"]
+    place = np.arange(groups)
+    rates = np.where(place < (groups // 2 if cell["others"] == "halves" else 1), high, low)
+    if cell["others"] == "middle":
+        rates = np.where((place == 0) | (place == groups - 1), rates, (low + high) / 2)
+    sums = np.zeros((runs, groups, templates), dtype=np.int64)
+    together, draw = rng.random((runs, 1, templates)) < cell["shared"], rng.random((runs, 1, templates))
+    for _ in range(cell["samples"]):
+        events = np.where(together, draw, rng.random((runs, groups, templates))) < rates[:, None]
+        if errors is not None:
+            noise = rng.random(events.shape)
+            events = np.where(events, noise < errors.sensitivity, noise >= errors.specificity)
+        sums += events
+    return sums

@@ -15,6 +15,7 @@ from steelyard.base.errors import SteelyardError
 from steelyard.safety import statistics
 from steelyard.safety.statistics import (
     Bound,
+    Declared,
     ScorerErrors,
     StatisticsError,
     certifiable_floor,
@@ -243,6 +244,45 @@ def test_coverage_of_a_corrected_rate() -> None:
             corrected = corrected_rate(bound, cal)
             covers.append((corrected.upper >= rate, corrected.lower <= rate))
         assert np.mean(covers, axis=0).min() >= 0.92  # 94%, less two standard errors of 500 runs
+
+
+def test_true_events_of_few_clusters_are_not_hidden_by_false_alarms() -> None:
+    """50 families of 25 samples, correlation .6: at a true rate of 3% all true events lie in about three families."""
+    rng, errors = np.random.default_rng(16), ScorerErrors(0.96, 5_000, 0.973, 100_000)
+    true = clustered_draws(rng, 0.03, 0.6, 50, 25, 4_000)
+    seen = rng.binomial(true, errors.sensitivity) + rng.binomial(25 - true, 1 - np.asarray(errors.specificity))
+    sizes = np.full(50, 25)
+    rate, n_eff = seen.mean(axis=1) / 25, effective_sample(seen, sizes)
+    known = corrected_bounds(rate, n_eff, errors, declared=Declared.of(sizes))[2]
+    hidden = corrected_bounds(rate, n_eff, errors)[2]
+    assert (known >= 0.03).mean() >= 0.94
+    assert (hidden >= 0.03).mean() < 0.92
+
+
+def test_what_false_alarms_may_hide_by_hand() -> None:
+    errors, sizes = ScorerErrors(0.9, 1e9, 0.98, 1e9), np.full(50, 25)
+    worth = Declared.of(sizes)
+    assert (worth.n, worth.at_none) == (1250, declared_effective_n(sizes))
+    assert float(worth.in_general) == pytest.approx(1250 / (1 + 24 * statistics.DECLARED_ICC))
+    noise = 1.6448536 * np.sqrt(0.02 * 0.98 / 1250) / 0.88
+    # No event but false alarms: the exact bound of none under the declared correlation, and the false alarms' noise.
+    upper = float(corrected_bounds(0.02, 1000, errors, declared=worth)[2])
+    assert upper == pytest.approx(np.hypot(1 - 0.05 ** (1 / float(worth.at_none)), noise), rel=1e-3)
+    # Ten true events may lie in as many clusters: a fifth of the way from the observed rate's own margin.
+    p, seen = 10 / 1250, 0.02 + 0.88 * 10 / 1250
+    own = (float(clopper_pearson(seen * 1000, 1000)[1]) - seen) / 0.88
+    n = float(worth.in_general)
+    declared = np.hypot(float(clopper_pearson(p * n, n)[1]) - p, noise)
+    upper = float(corrected_bounds(seen, 1000, errors, declared=worth)[2])
+    assert upper - p == pytest.approx(own + 0.2 * (declared - own), rel=1e-3)
+    # The same of the event's absence, mirrored.
+    mirrored = corrected_bounds(1 - seen, 1000, errors.opposite(), declared=worth)
+    assert 1 - float(mirrored[0]) == pytest.approx(upper)
+    # One sample a cluster: nothing can hide.
+    alone = Declared.of(np.ones(1250))
+    assert float(alone.in_general) == float(alone.at_none) == pytest.approx(1250)
+    bound = clustered_rate([True] * 30 + [False] * 70, labels([2] * 50))
+    assert bound.declared == Declared.of(np.full(50, 2)) == corrected_rate(bound, GOOD).declared
 
 
 # -- differences -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from steelyard.safety import statistics
 from steelyard.safety.battery import GapMetric, Metric, RateMetric
 from steelyard.safety.metrics import Observations
 from steelyard.safety.policy import Criterion
-from steelyard.safety.statistics import Bound, StatisticsError
+from steelyard.safety.statistics import Bound, Declared, StatisticsError
 from steelyard.scorers.base import Calibration
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE"]
@@ -184,7 +184,10 @@ def settling_sample(
             return estimate - (estimate - lower) / factor**0.5, estimate + (upper - estimate) / factor**0.5
         n_eff = measurement.effective_n * factor
         low, high = statistics.clopper_pearson(measurement.raw * n_eff, n_eff)
-        observed = Bound(measurement.n, measurement.clusters, 0, n_eff, measurement.raw, float(low), float(high))
+        declared = Declared.of([measurement.n / measurement.clusters], [measurement.clusters * factor])  # alike in size
+        observed = Bound(
+            measurement.n, measurement.clusters, 0, n_eff, measurement.raw, float(low), float(high), declared
+        )
         if calibration is not None and isinstance(metric, RateMetric):
             observed = statistics.corrected_rate(observed, calibration, metric.event)
         return observed.lower, observed.upper

@@ -4,7 +4,7 @@ machine: the one bootstrap draws from a stream that is fixed by its own number o
 Every bound is one-sided at `confidence` (0.95 unless said otherwise): `upper` alone decides a pass, `lower` a fail.
 Samples come in clusters (template families, whose prompts and whose samples of one prompt are alike): they count for
 less than as many samples of different families. Fewer than two clusters, no sample, or one without a cluster is a
-StatisticsError: nothing can be said then. How well the bounds hold: `benchmarks/statistics.py`.
+StatisticsError: nothing can be said then. How well the bounds hold: `benchmarks/bounds.py`.
 
 Rates of independent items, where nothing is decided: `wilson` (two-sided, cards) and `clopper_pearson`.
 """
@@ -31,13 +31,21 @@ from steelyard.safety.statistics.differences import (
     net_bounds,
     paired_difference,
 )
-from steelyard.safety.statistics.groups import Gap, Pair, PairBounds, group_gap, pair_bounds
+from steelyard.safety.statistics.groups import (
+    Gap,
+    Pair,
+    PairBounds,
+    difference_of_groups,
+    group_gap,
+    pair_bounds,
+)
 from steelyard.safety.statistics.planning import MAX_SAMPLE, sample_to_settle
 from steelyard.safety.statistics.rates import (
     CONFIDENCE,
     DECLARED_CLUSTERS,
     DECLARED_ICC,
     Bound,
+    Declared,
     StatisticsError,
     clopper_pearson,
     clustered_bounds,
@@ -54,6 +62,7 @@ __all__ = [
     "MAX_SAMPLE",
     "RESAMPLES",
     "Bound",
+    "Declared",
     "Gap",
     "Pair",
     "PairBounds",
@@ -72,6 +81,7 @@ __all__ = [
     "corrected_rate",
     "declared_effective_n",
     "difference_bounds",
+    "difference_of_groups",
     "difference_p",
     "effective_sample",
     "floor_of",

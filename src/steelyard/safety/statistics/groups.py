@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steelyard.safety.statistics.correction import ScorerErrors, Side, through_scorer
-from steelyard.safety.statistics.differences import cluster_t, net_bounds
+from steelyard.safety.statistics.differences import cluster_mean, cluster_t, net_bounds
 from steelyard.safety.statistics.rates import CONFIDENCE, Array, StatisticsError, declared_effective_n, labelled
 from steelyard.scorers.base import Calibration
 
@@ -58,32 +58,46 @@ class PairBounds:
 def pair_bounds(
     sums: npt.ArrayLike, counts: npt.ArrayLike, errors: ScorerErrors | None = None, confidence: float = CONFIDENCE
 ) -> list[PairBounds]:
-    """Every pair of groups that shares two families or more. `sums` (..., groups, families) counts events, `counts`
-    (groups, families) samples.
-
-    The mean over shared families of the difference of the two rates, with bounds by `cluster_t` over families, upwards
-    the wider of it and `net_bounds` (Student's alone covers less than 90% where events are rare), through the scorer
-    (`through_scorer`). `lower` is simultaneous: Bonferroni over all pairs and both directions (Dunn 1961),
-    since the pair that looks worst was picked from many; never under zero, as a worst difference is none. `upper` is
-    each pair's own.
-    """
+    """Every pair of groups that shares two families or more, by `difference_of_groups`. `sums` (..., groups, families)
+    counts events, `counts` (groups, families) samples."""
     y, n = np.asarray(sums, float), np.asarray(counts, float)
     shared = {(i, j): both for i, j in combinations(range(len(n)), 2) if (both := (n[i] > 0) & (n[j] > 0)).sum() >= 2}
-    corrected = 1 - (1 - confidence) / (2 * max(len(shared), 1))
     found = []
     for (i, j), both in shared.items():
         difference = y[..., i, both] / n[i, both] - y[..., j, both] / n[j, both]
-        mean, families = difference.mean(axis=-1), int(both.sum())
-        apart = np.where(mean < 0, -1, 1)[..., None] * difference
         samples = np.minimum(n[i, both], n[j, both])
-        worth, size = declared_effective_n(samples), np.full(families, samples.mean())
-        low, _ = cluster_t(apart, np.ones(families), corrected, effective_n=worth)
-        _, high = cluster_t(apart, np.ones(families), confidence, effective_n=worth)
-        high = np.maximum(high, net_bounds(apart * size, size, confidence)[1])
-        lower, _, _ = through_scorer(low, np.abs(mean), np.abs(mean), errors, corrected)
-        _, estimate, upper = through_scorer(np.abs(mean), np.abs(mean), high, errors, confidence)
-        found.append(PairBounds(i, j, families, mean, np.maximum(lower, 0.0), estimate, upper))
+        bounds = difference_of_groups(difference, samples, 1, len(shared), errors, confidence)
+        found.append(PairBounds(i, j, int(both.sum()), *bounds))
     return found
+
+
+def difference_of_groups(
+    difference: npt.ArrayLike,
+    samples: npt.ArrayLike,
+    number: npt.ArrayLike,
+    pairs: int,
+    errors: ScorerErrors | None,
+    confidence: float,
+) -> tuple[Array, Array, Array, Array]:
+    """(mean, lower, estimate, upper) of one of `pairs` pairs of groups: the observed mean over shared families
+    of the `difference` of the two rates, and bounds of its absolute value, through the scorer (`through_scorer`).
+    `samples`: the fewer of the two groups' in each family; `number` as in `rates`.
+
+    `upper` is the pair's own: the wider of `cluster_t` over families and `net_bounds` (Student's alone covers less than
+    90% where events are rare). `lower` is simultaneous: Bonferroni over all pairs and both directions (Dunn 1961),
+    since the pair that looks worst was picked from many; never under zero, as a worst difference is none.
+    """
+    d, m, times = np.broadcast_arrays(*(np.asarray(part, float) for part in (difference, samples, number)))
+    mean, _, families = cluster_mean(d, 1, times)
+    distance = np.abs(mean)
+    apart, size = np.where(mean < 0, -1, 1)[..., None] * d, ((times * m).sum(axis=-1) / families)[..., None]
+    worth, corrected = declared_effective_n(samples, times), 1 - (1 - confidence) / (2 * pairs)
+    low, _ = cluster_t(apart, 1, corrected, times, effective_n=worth)
+    _, high = cluster_t(apart, 1, confidence, times, effective_n=worth)
+    high = np.maximum(high, net_bounds(apart * size, size, confidence, times)[1])
+    lower, _, _ = through_scorer(low, distance, distance, errors, corrected)
+    _, estimate, upper = through_scorer(distance, distance, high, errors, confidence)
+    return mean, np.maximum(lower, 0.0), estimate, upper
 
 
 def group_gap(

@@ -29,25 +29,15 @@ class StatisticsError(SteelyardError, ValueError):
     """Nothing can be computed: no samples, one cluster, a calibration no better than chance."""
 
 
-@dataclass(frozen=True)
-class Bound:
-    """An estimate with its two one-sided bounds, all in [0, 1]. `effective_n`: independent samples it is worth."""
-
-    n: int
-    clusters: int
-    events: int
-    effective_n: float
-    estimate: float
-    lower: float
-    upper: float
-
-
 def clopper_pearson(events: npt.ArrayLike, n: npt.ArrayLike, confidence: float = CONFIDENCE) -> tuple[Array, Array]:
     """One-sided exact binomial bounds (Clopper & Pearson 1934) by beta quantiles; counts need not be whole."""
-    x, size = np.asarray(events, float), np.asarray(n, float)
+    # Beta quantiles are slow and simulations ask for many alike: each distinct pair of counts once.
+    x, size = np.broadcast_arrays(np.asarray(events, float), np.asarray(n, float))
+    pairs, place = np.unique(x.ravel() + 1j * size.ravel(), return_inverse=True)
+    x, size, shape = pairs.real, pairs.imag, x.shape
     lower = np.where(x <= 0, 0.0, betaincinv(np.maximum(x, 1e-12), np.maximum(size - x, 0) + 1, 1 - confidence))
     upper = np.where(x >= size, 1.0, betaincinv(np.maximum(x, 0) + 1, np.maximum(size - x, 1e-12), confidence))
-    return lower, upper
+    return lower[place].reshape(shape), upper[place].reshape(shape)
 
 
 def declared_effective_n(sizes: npt.ArrayLike, number: npt.ArrayLike = 1) -> Array:
@@ -60,6 +50,40 @@ def declared_effective_n(sizes: npt.ArrayLike, number: npt.ArrayLike = 1) -> Arr
     b = (1 - DECLARED_ICC) / DECLARED_ICC
     worth = b * (psi(b + np.asarray(sizes, float)) - psi(b))
     return np.asarray((worth * np.asarray(number, float)).sum(axis=-1))
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What n clustered samples are worth under the declared intra-cluster correlation, where the data cannot tell it:
+    `at_none` where no event is seen (`declared_effective_n`), `in_general` n over Kish's design effect (1965, section
+    5.4), 1 + (sum(m_c^2) / n - 1) * DECLARED_ICC. Arrays where there are several such samples."""
+
+    n: Array
+    at_none: Array
+    in_general: Array
+
+    @classmethod
+    def of(cls, sizes: npt.ArrayLike, number: npt.ArrayLike = 1) -> Declared:
+        """From cluster sizes of shape (..., clusters)."""
+        m, times = np.asarray(sizes, float), np.asarray(number, float)
+        n = np.asarray((times * m).sum(axis=-1))
+        effect = 1 + ((times * m**2).sum(axis=-1) / n - 1) * DECLARED_ICC
+        return cls(n, declared_effective_n(m, times), np.asarray(n / effect))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An estimate with its two one-sided bounds, all in [0, 1]. `effective_n`: independent samples it is worth;
+    `declared`: what they would be under the declared correlation, of a clustered rate."""
+
+    n: int
+    clusters: int
+    events: int
+    effective_n: float
+    estimate: float
+    lower: float
+    upper: float
+    declared: Declared | None = None
 
 
 def effective_sample(
@@ -76,9 +100,8 @@ def effective_sample(
 
     - for k < 2, zero and all events among them, no less than the declared one at no events, n / `declared_effective_n`
       (with zero or all events that holds alone, and n_eff lies between the number of clusters and n);
-    - for k >= 2, with its excess over 1 made larger by 2/k, and where it lies under the declared one in general, Kish's
-      (1965, section 5.4) 1 + (sum(m_c^2) / n - 1) * DECLARED_ICC, drawn towards that by a share of
-      min(1, DECLARED_CLUSTERS / k).
+    - for k >= 2, with its excess over 1 made larger by 2/k, and where it lies under the declared one in general, n over
+      `Declared.in_general`, drawn towards that by a share of min(1, DECLARED_CLUSTERS / k).
 
     Never over n. The two rules for k >= 2 are ours: by the simulation of `benchmarks/bounds.py` the upper bound covers
     less than 92% without them where few clusters of 25 samples hold all events.
@@ -98,8 +121,8 @@ def effective_sample(
         borne = 2 * square.sum(axis=-1) ** 2 / (square * residual**2).sum(axis=-1)
     k = np.maximum(np.fmin(k, borne), 1)
     seen = np.where(few, seen, seen + np.maximum(seen - 1, 0) * 2 / k)
-    in_general = 1 + ((times * m**2).sum(axis=-1) / n - 1) * DECLARED_ICC
-    declared = np.where(few, n / declared_effective_n(m, times), in_general)
+    worth = Declared.of(sizes, times)
+    declared = n / np.where(few, worth.at_none, worth.in_general)
     drawn = np.where(few, 1.0, np.minimum(1.0, DECLARED_CLUSTERS / k)) * np.maximum(declared - seen, 0.0)
     return np.asarray(n / np.clip(seen + drawn, 1.0, n))
 
@@ -128,7 +151,7 @@ def clustered_rate(
     y, m = totals(np.asarray(events, float), clusters)
     n_eff, lower, upper = clustered_bounds(y, m, confidence)
     n, total = int(m.sum()), round(float(y.sum()))
-    return Bound(n, len(m), total, float(n_eff), total / n, float(lower), float(upper))
+    return Bound(n, len(m), total, float(n_eff), total / n, float(lower), float(upper), Declared.of(m))
 
 
 def totals(values: Array, clusters: Sequence[str]) -> tuple[Array, Array]:
