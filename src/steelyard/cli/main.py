@@ -26,6 +26,7 @@ from steelyard.cli import (
     run,
     safety,
     scorer,
+    trace,
     train,
     withdraw,
 )
@@ -60,6 +61,7 @@ app.add_typer(measure.app, name="measure")
 app.add_typer(published.app, name="probe")
 app.add_typer(key.app, name="key")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(trace.app, name="trace")
 
 
 @app.callback()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,7 +81,6 @@ class Answer:
     reason: str = ""
     bytes_read: int = 0
     seconds: float = 0.0
-    digests: Mapping[str, int] = field(default_factory=dict)
 
 
 def trace(
