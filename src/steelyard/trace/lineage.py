@@ -241,12 +241,15 @@ class _Found:
         found = []
         if any(all(hit.cast for hit in one) for one in hits.values()):
             found.append("cast")
-        if not all(any(hit.tensor == name for hit in one) for name, one in hits.items()):
+        moved = self.order is not None and any(one != other for one, other in self.order.layers.items())
+        if moved:
+            found.append("layers removed")
+        elif not all(any(hit.tensor == name for hit in one) for name, one in hits.items()):
             found.append("renamed")
         if len({one.file for one in entries.values()}) != len(self.reference.files):
             found.append("re-sharded")
         missing = sum(one.name not in {pair.name for pair in self.pairs} for one in self.reference.tensors)
-        if missing:
+        if missing and not moved:
             found.append("tensors left out")
         return tuple(found)
 
