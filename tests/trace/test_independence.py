@@ -16,6 +16,7 @@ from steelyard.trace.independence import (
     log10_matched,
     log10_ordered,
     matched_neurons,
+    unit_rows,
 )
 
 
@@ -63,8 +64,7 @@ def test_matched_neurons_are_found_in_any_order() -> None:
     random = np.random.default_rng(0)
     gate, up = _rows(0, 40, 16), _rows(1, 40, 16)
     order = random.permutation(40)[:25]
-    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731: two uses
-    cosines = [unit(rows[order]) @ unit(rows).T for rows in (gate, up)]
+    cosines = [unit_rows(rows[order]) @ unit_rows(rows).T for rows in (gate, up)]
     test = matched_neurons(*cosines)
     assert test.agreeing == 25
     np.testing.assert_array_equal(test.pairs[:, 1], order)
