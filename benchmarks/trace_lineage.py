@@ -45,10 +45,28 @@ def registered(cache: Path, rows: list[dict[str, Any]], names: set[str]) -> dict
         return {one.name: one for one in Registry.load(ledger).references if one.name in names}
 
 
+def start(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> set[str]:
+    """The random initialisations that a model comes from: two models of one are not independent, whatever they were
+    trained on, and count neither as related nor as unrelated."""
+    if not row["parents"]:
+        return {row.get("start", row["name"])}
+    return set().union(*(start(rows[parent], rows) for parent in row["parents"]))
+
+
+def judged(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
+    """The pairs whose truth is known; unrelated ones must come from different initialisations."""
+    by_name = {row["name"]: row for row in rows}
+    return [
+        (suspect, reference, truth)
+        for suspect, reference, truth in pairs(rows)
+        if truth != "unrelated" or not start(suspect, by_name) & start(reference, by_name)
+    ]
+
+
 def all_pairs(cache: Path) -> tuple[list[dict[str, Any]], dict[str, Reference]]:
-    """A row for each pair: suspect, family, reference, truth, verdict, log10 p, seconds of the whole answer."""
+    """A row for each pair (suspect, family, reference, truth, verdict, log10 p, seconds), and the references."""
     rows = read_index(cache / "index.json")
-    wanted = pairs(rows)
+    wanted = judged(rows)
     references = registered(cache, rows, {reference["name"] for _, reference, _ in wanted})
     by_suspect: dict[str, list[tuple[dict[str, Any], str]]] = defaultdict(list)
     for suspect, reference, truth in wanted:
@@ -58,7 +76,7 @@ def all_pairs(cache: Path) -> tuple[list[dict[str, Any]], dict[str, Reference]]:
         chosen = by_suspect[row["name"]]
         if not chosen:
             continue
-        answer = trace(Path(row["path"]), [references[one["name"]] for one, _ in chosen])
+        answer = trace(Path(row["path"]), list(references.values()))
         relations = {one.name: one for one in answer.relations}
         for reference, truth in chosen:
             relation = relations.get(reference["name"], Relation(reference["name"], "", answer.verdict))
@@ -89,7 +107,7 @@ def false_positives(cache: Path, references: dict[str, Reference]) -> tuple[int,
     """(pairs called related, pairs) over unrelated models of one width, with and without fresh permutations."""
     rows = read_index(cache / "index.json")
     small = [row for row in rows if "small" in row["family"] or row["family"].startswith("random")]
-    unrelated = {(suspect["name"], one["name"]) for suspect, one, truth in pairs(rows) if truth == "unrelated"}
+    unrelated = {(suspect["name"], one["name"]) for suspect, one, truth in judged(rows) if truth == "unrelated"}
     random, related, count = np.random.default_rng(0), 0, 0
     for row in small:
         model = open_tensors(Path(row["path"]))

@@ -28,6 +28,7 @@ from steelyard.cli import (
     run,
     safety,
     scorer,
+    trace,
     train,
     withdraw,
 )
@@ -64,6 +65,7 @@ app.add_typer(published.app, name="probe")
 app.add_typer(key.app, name="key")
 app.add_typer(grant.app, name="grant")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(trace.app, name="trace")
 
 
 @app.callback()

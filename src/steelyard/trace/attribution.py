@@ -8,13 +8,13 @@ with 30% of R, and for another fine-tune of the same base whatever two fine-tune
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from steelyard.trace.independence import LOG10
 from steelyard.trace.tensors import Float32
 
 Float64 = np.ndarray[Any, np.dtype[np.float64]]
@@ -64,7 +64,6 @@ def shares(
     have no share.
     """
     from scipy.optimize import nnls
-    from scipy.stats import t as student
 
     names = [
         name
@@ -95,10 +94,18 @@ def shares(
     result = {}
     for at, name in enumerate(names, start=1):
         error = max(float(errors[at]), 1e-12)
-        log10_p = float(student.logsf(found[at] / error, max(1, blocks - 1))) / LOG10
+        log10_p = _log10_above(float(found[at]) / error, max(1, blocks - 1))
         own = float(np.sqrt(gram[at, at] / blocks))
         result[name] = Share(float(found[at]), error, float(parents[at]), log10_p, own, rest)
     return result
+
+
+def _log10_above(value: float, degrees: int) -> float:
+    """log10 P(T >= value) for Student's t: half of the regularised incomplete beta function of df / (df + t^2)."""
+    from scipy.special import betainc
+
+    tail = float(betainc(degrees / 2, 0.5, degrees / (degrees + value**2))) / 2
+    return math.log10(max(tail, 1e-300) if value > 0 else 1 - tail)
 
 
 def _non_negative(gram: Float64, right: Float64, nnls: Any) -> Float64:

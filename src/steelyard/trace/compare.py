@@ -328,6 +328,13 @@ class Pair:
         return any(np.array_equal(self.suspect, one) for one in rounded)
 
     @property
+    def scale(self) -> float:
+        """The multiple of ours that comes closest to the suspect: the share of ours in a merge with something
+        unlike.
+        """
+        return float((self.suspect * self.ours).sum() / max(float((self.ours**2).sum()), 1e-30))
+
+    @property
     def distance(self) -> float:
         """Relative distance: |suspect - ours| / |ours|."""
         return float(np.linalg.norm(self.suspect - self.ours) / max(float(np.linalg.norm(self.ours)), 1e-30))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,7 @@ RELATED = (EXACT, SAME, QUANTISED, DERIVED)
 
 LEVEL = -6.0  # log10 of the p-value, corrected for everything that was tried, from which models count as related
 LEAST_AGREEING = 0.2  # share of neurons whose gate and up matchings must agree: independent models share 1-5% of theirs
+MOST_MERGED = 0.8  # of ours in a merge: a fine-tune leaves the weights their scale
 SHA256_LOG10 = -77.0  # two different tensors have one SHA-256 with probability 2^-256
 # Relative error that quantising LLaMA-like weights to a type makes, for types that cannot be made here.
 _QUANTISED_NOISE = {"Q6_K": 0.03, "Q5_K": 0.06, "Q4_K": 0.11, "Q3_K": 0.22, "Q2_K": 0.45}
@@ -80,7 +81,6 @@ class Answer:
     reason: str = ""
     bytes_read: int = 0
     seconds: float = 0.0
-    digests: Mapping[str, int] = field(default_factory=dict)
 
 
 def trace(
@@ -241,12 +241,15 @@ class _Found:
         found = []
         if any(all(hit.cast for hit in one) for one in hits.values()):
             found.append("cast")
-        if not all(any(hit.tensor == name for hit in one) for name, one in hits.items()):
+        moved = self.order is not None and any(one != other for one, other in self.order.layers.items())
+        if moved:
+            found.append("layers removed")
+        elif not all(any(hit.tensor == name for hit in one) for name, one in hits.items()):
             found.append("renamed")
         if len({one.file for one in entries.values()}) != len(self.reference.files):
             found.append("re-sharded")
         missing = sum(one.name not in {pair.name for pair in self.pairs} for one in self.reference.tensors)
-        if missing:
+        if missing and not moved:
             found.append("tensors left out")
         return tuple(found)
 
@@ -255,22 +258,18 @@ class _Found:
         zeros = np.mean([(pair.suspect == 0).mean() - (pair.ours == 0).mean() for pair in matrices])
         if zeros > 0.05:
             found.append("pruned")
-        noise, distance = _noise(suspect), float(np.median([pair.distance for pair in matrices]))
+        noise = _noise(suspect)
+        changed = [pair for pair in matrices if pair.distance > 2 * noise]
         if suspect.quantised:
             found.append("quantised")
             equal = requantised_share(suspect, self.reference, self.order.layers if self.order else {})
-            if (equal is not None and equal < 0.5 and distance > 0) or (equal is None and distance > 1.3 * noise):
+            if changed if equal is None else equal < 0.5:
                 found.append("fine-tuned")
-        elif distance > 2 * noise and zeros <= 0.05:
-            scale = float(
-                np.median([float((p.suspect * p.ours).sum() / max((p.ours**2).sum(), 1e-30)) for p in matrices])
-            )
-            partial = self.share is not None and LEAST_MERGED < self.share.value < MOST_MERGED
+        elif changed and zeros <= 0.05:
+            scale = float(np.median([pair.scale for pair in changed]))
+            partial = self.share is not None and self.share.derived and self.share.value < MOST_MERGED
             found.append("merged" if scale < MOST_MERGED or partial else "fine-tuned")
         return found
-
-
-LEAST_MERGED, MOST_MERGED = 0.05, 0.8
 
 
 def _noise(suspect: Suspect) -> float:

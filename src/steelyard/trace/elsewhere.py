@@ -1,0 +1,121 @@
+"""Copies that can only be compared by digests: PyTorch checkpoints, which are never unpickled, and what is not here at
+all: a Hub repository's listing, a torrent. Equal digests prove a copy; other digests prove nothing, so the answer is
+then "unreadable" and says what to fetch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from steelyard.base.errors import FormatError
+from steelyard.trace.archives import storages
+from steelyard.trace.lineage import DERIVED, EXACT, SAME, SHA256_LOG10, UNREADABLE, Answer, Relation, nearest
+from steelyard.trace.listings import matching_pieces, merkle_root, read_listing, read_torrent
+from steelyard.trace.registry import Reference
+
+TORRENT_BUDGET = 1 << 30  # bytes of ours that are hashed for a torrent's pieces
+SHA1_LOG10 = -48.0  # two different pieces have one SHA-1 with probability 2^-160
+
+
+def by_archive(path: Path, references: Sequence[Reference]) -> Answer:
+    """A PyTorch checkpoint by its raw storages. Raises FormatError where it is no zip of them."""
+    found = list(storages(path))
+    read = sum(size for _, size, _ in found)
+    relations = []
+    for reference in references:
+        hits = {member: match for member, _, digest in found if (match := reference.table.find(digest))}
+        if not hits:
+            continue
+        evidence = (f"{len(hits)} of {len(found)} storages are our tensors to the byte",)
+        cast = ("cast",) if all(one.cast for match in hits.values() for one in match) else ()
+        whole = len(hits) == len(found)
+        changes = ("a PyTorch checkpoint", *cast) if whole else ("some tensors",)
+        verdict, distance = (SAME, 0.0) if whole else (DERIVED, None)
+        relations.append(
+            Relation(reference.name, reference.kind, verdict, changes, SHA256_LOG10, distance, evidence=evidence)
+        )
+    return _answer(
+        path,
+        relations,
+        f"{path}: none of its {len(found)} storages is ours to the byte, and more cannot be seen without unpickling: "
+        "convert it to safetensors in a sandbox and trace that",
+        read,
+    )
+
+
+def by_listing(path: Path, references: Sequence[Reference]) -> Answer:
+    """A Hub listing by the SHA-256 of its large files. Raises FormatError where the file is no listing."""
+    listed = {one.sha256: one for one in read_listing(path) if one.sha256 is not None}
+    relations = []
+    for reference in references:
+        same = [one for one in reference.files if one.sha256 in listed]
+        if same:
+            evidence = (f"{len(same)} of our {len(reference.files)} weight files are listed with our SHA-256",)
+            verdict = EXACT if len(same) == len(reference.files) else SAME
+            changes = () if verdict == EXACT else ("some files",)
+            relations.append(
+                Relation(reference.name, reference.kind, verdict, changes, SHA256_LOG10, 0.0, evidence=evidence)
+            )
+    why = f"{path}: none of its {len(listed)} digests is one of our files': a changed copy shows only in its weights"
+    return _answer(path, relations, f"{why}: download a weight file and trace that", path.stat().st_size)
+
+
+def by_torrent(path: Path, references: Sequence[Reference]) -> Answer:
+    """A torrent by its pieces, against our files of the same length. Raises FormatError for a broken torrent."""
+    torrent = read_torrent(path)
+    relations, absent = [], []
+    for reference in references:
+        evidence, whole = [], 0
+        for ours in reference.files:
+            file = reference.folder / ours.name
+            candidates = [one for one in torrent.files if one.length == ours.size]
+            if candidates and not file.is_file():
+                absent.append(str(file))
+                continue
+            for one in candidates:
+                if one.root is not None and one.root == merkle_root(file):
+                    evidence.append(f"{one.path}: the root of its SHA-256 tree is that of our {ours.name}")
+                elif one.root is None:
+                    equal, compared = matching_pieces(torrent, one, file, TORRENT_BUDGET)
+                    if not equal:
+                        continue
+                    evidence.append(f"{one.path}: {equal} of {compared} pieces are those of our {ours.name}")
+                else:
+                    continue
+                whole += 1
+                break
+        if evidence:
+            verdict = EXACT if whole == len(reference.files) else SAME
+            relations.append(
+                Relation(reference.name, reference.kind, verdict, (), SHA1_LOG10, 0.0, evidence=tuple(evidence))
+            )
+    why = f"{path}: no piece of it is of our files: a changed copy shows only in its weights: download and trace them"
+    if absent and not relations:
+        why = f"{path}: our own {absent[0]} is no longer there, so its pieces cannot be hashed: put it back"
+    return _answer(path, relations, why, path.stat().st_size)
+
+
+def _answer(path: Path, relations: Sequence[Relation], reason: str, read: int) -> Answer:
+    best = nearest(relations)
+    if best is None:
+        return Answer(str(path), UNREADABLE, None, reason=reason, bytes_read=read)
+    return Answer(str(path), best.verdict, best, relations, bytes_read=read)
+
+
+def is_elsewhere(path: Path) -> bool:
+    """Whether `trace_elsewhere` is for this file."""
+    from steelyard.trace.archives import SUFFIXES
+
+    return path.suffix.lower() in (*SUFFIXES, ".torrent", ".json")
+
+
+def trace_elsewhere(path: Path, references: Sequence[Reference]) -> Answer:
+    """The answer for a checkpoint, a listing or a torrent, by the file's suffix; never raises for what it holds."""
+    kinds = {".torrent": by_torrent, ".json": by_listing}
+    try:
+        return kinds.get(path.suffix.lower(), by_archive)(path, references)
+    except FormatError as error:
+        return Answer(str(path), UNREADABLE, None, reason=str(error))
+    except OSError as error:
+        return Answer(str(path), UNREADABLE, None, reason=f"{path}: cannot be read: {error.strerror}")

@@ -1,0 +1,40 @@
+"""Sightings: a suspect whose lineage is proven goes into the ledger, where notices and take-downs refer to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steelyard.ledger.ledger import Ledger
+from steelyard.trace.lineage import RELATED, Answer
+from steelyard.trace.registry import Reference
+
+EVENT = "trace.sighted"
+
+
+def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> str | None:
+    """Append `trace.sighted` where the suspect is a registered model or made from one; gives the event's hash.
+
+    The payload: suspect (its path), verdict, changes, reference {name, kind, subject, weights}, log10_p, distance,
+    share, evidence, bytes_read. None where nothing is proven.
+    """
+    best = answer.nearest
+    if best is None or best.verdict not in RELATED:
+        return None
+    reference = next(one for one in references if one.name == best.name)
+    payload = {
+        "suspect": answer.suspect,
+        "verdict": answer.verdict,
+        "changes": list(best.changes),
+        "reference": {
+            "name": reference.name,
+            "kind": reference.kind,
+            "subject": reference.subject,
+            "weights": reference.weights,
+        },
+        "log10_p": best.log10_p,
+        "distance": best.distance,
+        "share": best.share,
+        "evidence": list(best.evidence),
+        "bytes_read": answer.bytes_read,
+    }
+    return ledger.append(EVENT, payload).hash
