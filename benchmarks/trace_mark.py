@@ -78,17 +78,17 @@ def attacked(table: Table, given: Given, original: Tensors, quick: bool) -> None
 
 
 def colluded(table: Table, original: Tensors, quick: bool) -> None:
-    """Coalitions of 2, 5 and 10; then of 20, 50 and 200 on the norms and four layers, which read as exactly."""
+    """Coalitions of 2, 5 and 10, then of 20, 50 and 200, on the norms and four layers: there every position is carried
+    by several weights already, so that the rest would read the same."""
     layers = ("norm.weight", "layers.0.", "layers.9.", "layers.19.", "layers.29.")
     part = {name: tensor for name, tensor in original.items() if any(key in name for key in layers) or tensor.ndim == 1}
     for size in (2, 5, 10, 20, 50, 200):
-        weights = original if size <= 10 else part
         for strategy in STRATEGIES:
             name = f"{size} collude: {strategy}"
             if (quick and name in table.rows) or (size == 200 and strategy not in ("average", "minority")):
                 continue
             coalition = COALITION[:size]
-            row = named(weights, collusions(weights, strategy, coalition), GRANTS, coalition)
+            row = named(part, collusions(part, strategy, coalition), GRANTS, coalition)
             holds = bool(row["named"]) and not row["framed"] if size <= 10 else None
             table.add(name, kind="attack" if size <= 10 else "break", **row, holds=holds)
 
@@ -150,12 +150,13 @@ def main() -> None:
     for name in ("base", "aligned", "base_gguf", "cache"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--models", type=Path, help="trace_models.py's cache")
+    parser.add_argument("--steps", type=int, default=16, help="of each fine-tune of the marked copy")
     parser.add_argument("--only", choices=["attacks", "collusions", "innocents", "cost"], nargs="*")
     parser.add_argument("--missing", action="store_true", help="only rows that the last run did not come to")
     parser.add_argument("--battery", action="store_true", help="the quick battery's rates of all three, too")
     chosen = parser.parse_args()
     parts = chosen.only or ["attacks", "collusions", "innocents", "cost"]
-    given = Given.of(chosen.base, chosen.base_gguf, build(chosen.base, chosen.aligned, chosen.cache))
+    given = Given.of(chosen.base, chosen.base_gguf, build(chosen.base, chosen.aligned, chosen.cache, chosen.steps))
     table, original = Table(), load(chosen.aligned)
     table.add("mark", kind="cost", relative_rms=relative_change(load(given.marked), original))
     if "attacks" in parts:

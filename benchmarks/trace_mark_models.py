@@ -41,8 +41,8 @@ def relative_change(suspect: Tensors, parent: Tensors) -> float:
     return (above / sum(float(np.square(parent[name], dtype=np.float64).sum()) for name in parent)) ** 0.5
 
 
-def build(base: Path, aligned: Path, cache: Path) -> dict[str, tuple[Path, str]]:
-    """The marked copy ("marked") and its fine-tunes by name, with a note; what `cache` has already is kept."""
+def build(base: Path, aligned: Path, cache: Path, steps: int = 16) -> dict[str, tuple[Path, str]]:
+    """The marked copy ("marked") and its fine-tunes of `steps` steps by name, with a note; what is there is kept."""
     cache.mkdir(parents=True, exist_ok=True)
     notes_at = cache / "notes.json"
     notes: dict[str, str] = json.loads(notes_at.read_text()) if notes_at.exists() else {}
@@ -51,9 +51,9 @@ def build(base: Path, aligned: Path, cache: Path) -> dict[str, tuple[Path, str]]
         watermark.mark_folder(aligned, marked, KEY, LEAKER, LineProgress())
     work = cache / "work"
     plans: dict[str, Callable[[Path], str]] = {
-        "LoRA": lambda out: training.tuned(marked, Recipe(("gsm8k",), rank=16, rate=1e-3), out, base, work),
-        "full fine-tune": lambda out: training.tuned(marked, Recipe(("seeds",), rate=5e-4), out, base, work),
-        "DPO": lambda out: training.preferred(marked, out, work, Recipe((), steps=12, rate=1e-4, first_layer=10)),
+        "LoRA": lambda out: training.tuned(marked, Recipe(("gsm8k",), steps, rank=16, rate=1e-3), out, base, work),
+        "full fine-tune": lambda out: training.tuned(marked, Recipe(("seeds",), steps, rate=5e-4), out, base, work),
+        "DPO": lambda out: training.preferred(marked, out, work, Recipe((), steps, rate=1e-4, first_layer=10)),
     }
     for name, train in plans.items():
         out = cache / name.replace(" ", "-")

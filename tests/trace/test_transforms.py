@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from steelyard.base.errors import FormatError
+from steelyard.base.progress import Silent
+from steelyard.model.formats import load_tensors, save_folder
 from steelyard.model.llama import Llama, LlamaConfig
 from steelyard.trace import transforms
 
@@ -98,6 +101,20 @@ def test_permuting_keeps_every_bit_of_any_dtype() -> None:
         assert np.array_equal(np.sort(after[name], axis=None), np.sort(tensor, axis=None))
     again = transforms.permute_neurons(before, KEY)
     assert all(np.array_equal(after[name], again[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_folder_is_permuted_as_the_tensors_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: torch.from_numpy(tensor).to(dtype) for name, tensor in model().items()}
+    save_folder(tmp_path / "source", {"model_type": "llama"}, tensors, {}, max_shard_bytes=40_000)
+    transforms.permute_folder(tmp_path / "source", tmp_path / "out", KEY, Silent())
+    after = load_tensors(tmp_path / "out")
+    expected = transforms.permute_neurons({name: tensor.float().numpy() for name, tensor in tensors.items()}, KEY)
+    assert after.keys() == expected.keys()
+    assert all(after[name].dtype == dtype for name in after)
+    assert all(np.array_equal(after[name].float().numpy(), expected[name]) for name in after)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert not all(torch.equal(after[name], tensors[name]) for name in after)
 
 
 def test_the_order_is_uniform_and_differs_by_key_and_layer() -> None:

@@ -33,7 +33,7 @@ def stream(key: bytes, *purpose: str, count: int) -> bytes:
     """`count` bytes of the keystream of `purpose`: AES-256-CTR under HMAC-SHA256(key, purpose). Raises UsageError for
     a key that is not 32 bytes."""
     if len(key) != 32:
-        raise UsageError(f"the marking key has {len(key)} bytes: it must have 32: make one with `steelyard key`")
+        raise UsageError(f"the marking key has {len(key)} bytes: it must have 32, drawn at random")
     text = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in purpose)
     derived = hmac.new(key, _VERSION + text, hashlib.sha256).digest()
     return Cipher(algorithms.AES(derived), modes.CTR(bytes(16))).encryptor().update(bytes(count))
@@ -92,9 +92,8 @@ def accuse(reading: NDArray[np.float64], key: bytes, grants: Sequence[str]) -> S
     bias = thresholds / 65_536.0
     one = reading * np.sqrt((1 - bias) / bias)  # what a 1 adds to the score: variance reading^2, mean 0 with `zero`
     zero = -reading * np.sqrt(bias / (1 - bias))
-    score = np.empty(len(grants))
-    for index, grant in enumerate(grants):
-        score[index] = zero.sum() + _draw(key, grant, thresholds) @ (one - zero)
+    lowest, difference = float(zero.sum()), one - zero
+    score = np.array([lowest + float(_draw(key, grant, thresholds) @ difference) for grant in grants])
     largest = max(float(np.abs(one).max()), float(np.abs(zero).max()))
     return Scores(score, bernstein(score, float(reading @ reading), largest))
 

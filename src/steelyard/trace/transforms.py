@@ -11,13 +11,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steelyard.base.errors import FormatError
+from steelyard.base.progress import Progress
+from steelyard.model.headers import DTYPE_BYTES, TensorInfo
+from steelyard.model.identity import weight_files
 from steelyard.trace import tardos
+from steelyard.trace.rewrite import Pieces, read_exactly, rewrite_folder
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -31,7 +37,7 @@ READERS = {
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # their rows are the residual stream
 
 
-def layer_count(tensors: Tensors) -> int:
+def layer_count(tensors: Mapping[str, object]) -> int:
     """How many layers there are, numbered from 0. Raises FormatError where there is none, or one is missing."""
     found = 0
     while f"model.layers.{found}.mlp.gate_proj.weight" in tensors:
@@ -73,6 +79,21 @@ def permute_tensor(name: str, tensor: Array, key: bytes) -> Array:
     if parts[4] == "down_proj":
         return tensor[:, neuron_order(key, int(parts[2]), tensor.shape[1])] if parts[5] == "weight" else tensor
     return tensor[neuron_order(key, int(parts[2]), tensor.shape[0])]
+
+
+def permute_folder(source: Path, out: Path, key: bytes, progress: Progress) -> None:
+    """Write the model folder `out`: `source` with its neurons in the secret order of `key`, every other byte the same.
+    Holds one tensor at a time. It is another subject, to be tested after, not before. Raises FormatError for a broken
+    folder or other tensor names, SteelyardError where `out` exists, UsageError for a bad key."""
+    files = weight_files(source)
+    layer_count({name: None for tensors in files.values() for name in tensors})
+
+    def change(tensor: TensorInfo, reader: BufferedReader) -> Pieces:
+        data = read_exactly(reader, tensor.end - tensor.start)
+        stored = np.frombuffer(data, f"V{DTYPE_BYTES[tensor.dtype]}").reshape(tensor.shape)
+        yield permute_tensor(tensor.name, stored, key).tobytes()
+
+    rewrite_folder(source, out, files, change, "permuting", progress)
 
 
 # --- What a thief may do ----------------------------------------------------------------------------------------------

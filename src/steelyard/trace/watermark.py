@@ -15,8 +15,7 @@ Detection is not blind: it needs the unmarked weights, and a suspect expressed i
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -26,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steelyard.base.errors import FormatError, UsageError
-from steelyard.base.files import new_folder, open_regular
 from steelyard.base.progress import Progress
 from steelyard.model.headers import DTYPE_BYTES, TensorInfo, quote, read_json_object
 from steelyard.model.identity import weight_files
 from steelyard.trace import tardos
+from steelyard.trace.rewrite import Pieces, read_exactly, rewrite_folder
 
 Array = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -164,22 +163,19 @@ def mark_folder(source: Path, out: Path, key: bytes, grant: str, progress: Progr
     tied = read_json_object(source / "config.json").get("tie_word_embeddings") is True
     symbols = _symbols(key, grant)
     total = _Total()
-    size = sum(tensor.end - tensor.start for tensors in files.values() for tensor in tensors.values())
-    with new_folder(out) as folder, progress.task("marking", size, "bytes") as task:
-        for path in sorted(source.iterdir()):
-            if path.name not in files:
-                shutil.copyfile(path, folder / path.name)
-        for name, tensors in files.items():
-            with open_regular(source / name) as reader, (folder / name).open("wb") as writer:
-                first = min(tensor.start for tensor in tensors.values())
-                writer.write(reader.read(first))
-                for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
-                    plan = _plan(key, _carrier(tensor.name, tied), tensor.shape)
-                    for block, data in _chunks(reader, tensor, plan.size):
-                        writer.write(_marked(data, tensor.dtype, plan, symbols, block, total).data)
-                        task.advance(len(data))
+
+    def change(tensor: TensorInfo, reader: BufferedReader) -> Pieces:
+        plan = _plan(key, _carrier(tensor.name, tied), tensor.shape)
+        piece = _CHUNK * plan.size * DTYPE_BYTES[tensor.dtype]
+        for number, at in enumerate(range(tensor.start, tensor.end, piece)):
+            data = read_exactly(reader, min(piece, tensor.end - at))
+            yield _marked(data, tensor.dtype, plan, symbols, number * _CHUNK, total).data
+
+    def check() -> None:
         if not total.changed:
             raise FormatError(f"{source}: no weight is within [{SMALLEST}, {LARGEST}): nothing can carry the mark")
+
+    rewrite_folder(source, out, files, change, "marking", progress, check)
     return MarkReport(float(np.sqrt(total.change / total.energy)), total.changed, total.entries)
 
 
@@ -189,17 +185,6 @@ class _Total:
     changed: int = 0
     change: float = 0.0  # summed squares
     energy: float = 0.0
-
-
-def _chunks(reader: BufferedReader, tensor: TensorInfo, block: int) -> Iterator[tuple[int, bytes]]:
-    """The bytes of a tensor from where `reader` stands, in pieces of whole blocks: (first block, bytes)."""
-    piece = _CHUNK * block * DTYPE_BYTES[tensor.dtype]
-    for number, at in enumerate(range(tensor.start, tensor.end, piece)):
-        wanted = min(piece, tensor.end - at)
-        data = reader.read(wanted)
-        if len(data) != wanted:
-            raise FormatError(f"{reader.name}: was cut short while it was read: try again")
-        yield number * _CHUNK, data
 
 
 def _marked(data: bytes, dtype: str, plan: _Plan, symbols: NDArray[np.int8], block: int, total: _Total) -> NDArray[Any]:
