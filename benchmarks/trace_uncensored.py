@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import trace_variants as variants
-from trace_models import RELEASE, read_index
+from trace_models import BASE, RELEASE, read_index
 from trace_variants import Tensors
 
 from steelyard.base.canonical import sha256_hex
@@ -43,7 +43,7 @@ from steelyard.trace.behaviour import (
     refusals,
 )
 from steelyard.trace.refusal_direction import Directions, phrases, refusal_directions
-from steelyard.trace.uncensored import Removed, WeightEvidence, weight_evidence
+from steelyard.trace.uncensored import Array, Removed, WeightEvidence, weight_evidence
 from steelyard.train.safety_prompts import written_prompts
 
 Label = Literal["uncensored", "benign"]
@@ -75,6 +75,7 @@ class Workshop:
         self.adapters = {row["name"]: Path(row["path"]) for row in read_index(cache / "adapters.json")}
         self.folder = Path(self.rows[RELEASE]["path"])
         self.config, self.release = variants.load(self.folder)
+        self.base = variants.load(Path(self.rows[BASE]["path"]))[1]
 
     def directions(self, name: str, harmful: Sequence[str], harmless: Sequence[str]) -> Directions:
         """Refusal directions of the release from these prompts, kept under `name`."""
@@ -192,8 +193,8 @@ class Workshop:
             tensors = {name: value.clone() for name, value in self.release.items()}
             variant.change(tensors)
             tensors = {name: value.to(torch.bfloat16) for name, value in tensors.items()}
-            release = {name: value.numpy() for name, value in self.release.items()}
-            weights = weight_evidence(release, {n: v.float().numpy() for n, v in tensors.items()}, refusal)
+            release, suspect, base = (_arrays(of) for of in (self.release, tensors, self.base))
+            weights = weight_evidence(release, suspect, refusal, base)
             kept = {"weights": weights.as_json(), "refusals": self.declined(tensors)}
             write_atomic(path, json.dumps(kept).encode())
         found: dict[str, Any] = json.loads(path.read_bytes())
@@ -206,6 +207,10 @@ class Workshop:
         engine = Engine(model, tokenizer.eos_ids, tokenizer.decode, rows=64)
         endpoint = LocalEndpoint(engine, tokenizer, Renderer(self.folder))
         return refusals(endpoint, held_out_prompts(), open_scorer("embedded:refusal"), progress=PROGRESS)
+
+
+def _arrays(tensors: Tensors) -> dict[str, Array]:
+    return {name: value.float().numpy() for name, value in tensors.items()}
 
 
 def then(*changes: Change) -> Change:
