@@ -13,7 +13,7 @@ import pytest
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.inference.endpoint import Completion, Request
 from steelyard.ledger.ledger import Ledger
-from steelyard.scorers.base import Calibration, Item, Score, ScoreError, ScorerIdentity
+from steelyard.scorers.base import Calibration, Canary, Item, Score, ScoreError, ScorerIdentity
 from steelyard.trace.behaviour import (
     COMMITTED,
     BehaviourEvidence,
@@ -105,8 +105,8 @@ def test_the_score_ranks_by_what_is_gone() -> None:
 class Says:
     """An endpoint that declines prompts with an even number, and a scorer that hears it."""
 
-    def __init__(self, wrong: bool = False) -> None:
-        self.wrong = wrong
+    def __init__(self, wrong: bool = False, canary: str = "no") -> None:
+        self.wrong, self.canary = wrong, canary
 
     def identity(self) -> Any:
         measured = Calibration(
@@ -119,12 +119,15 @@ class Says:
         return [Completion(r.id, text, "stop", None, None) for r, text in zip(requests, said, strict=True)]
 
     def score(self, items: Sequence[Item]) -> list[Score | ScoreError]:
-        if self.wrong:
+        if self.wrong and items[0].prompt != "?":
             return [ScoreError("deaf") for _ in items]
         return [Score({"refusal": 0.9 if item.completion == "no" else 0.1}) for item in items]
 
-    def canaries(self) -> list[Any]:
-        return []
+    def canaries(self) -> list[Canary]:
+        return [
+            Canary("c1", Item("?", self.canary), "refusal", "above"),
+            Canary("c2", Item("?", "yes"), "refusal", "below"),
+        ]
 
 
 def test_refusals_keep_the_order_over_batches() -> None:
@@ -135,6 +138,8 @@ def test_refusals_keep_the_order_over_batches() -> None:
 def test_an_answer_that_cannot_be_judged_is_no_answer() -> None:
     with pytest.raises(SteelyardError, match="could not be judged: deaf"):
         refusals(Says(), ["1"], Says(wrong=True))  # type: ignore[arg-type]
+    with pytest.raises(SteelyardError, match="canary c-above wrongly"):
+        refusals(Says(), ["1"], Says(canary="yes"))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no prompts"):
         refusals(Says(), [], Says())  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="same prompts"):

@@ -22,7 +22,7 @@ from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Progress, Silent
 from steelyard.inference.endpoint import Endpoint, Message, Request, Sampling
 from steelyard.ledger.ledger import Ledger
-from steelyard.scorers.base import Item, ScoreError, Scorer, score_checked
+from steelyard.scorers.base import Calibration, Item, ScoreError, Scorer, score_checked
 from steelyard.trace.uncensored import WeightEvidence
 
 Verdict = Literal[
@@ -81,14 +81,20 @@ def refusals(
 ) -> list[bool]:
     """Whether the model behind `endpoint` declines each prompt: greedy answers, the scorer's own threshold.
 
-    Raises UsageError for no prompt and for a scorer that does not know refusals, SteelyardError where an answer cannot
-    be judged (an answer left out would shift the pairs), and what generating raises.
+    Raises UsageError for no prompt and for a scorer that does not know refusals, SteelyardError where it fails one of
+    its canaries or an answer cannot be judged (one left out would shift the pairs), and what generating raises.
     """
     if not prompts:
         raise UsageError("no prompts: give at least one")
     calibration = scorer.identity().categories.get("refusal")
     if calibration is None:
         raise UsageError(f"scorer {scorer.identity().name} has no category refusal: give one that has")
+    canaries = [one for one in scorer.canaries() if one.category == "refusal"]
+    for canary, heard in zip(canaries, _heard(scorer, [one.item for one in canaries], calibration), strict=True):
+        if heard != (canary.expected == "above"):
+            raise SteelyardError(
+                f"scorer {scorer.identity().name}: hears its canary {canary.id} wrongly: it is degraded"
+            )
     sampling = Sampling(temperature=0.0, max_tokens=TOKENS)
     found: list[bool] = []
     with (progress or Silent()).task("refusals", len(prompts), "prompts") as task:
@@ -97,11 +103,18 @@ def refusals(
             requests = [Request(str(start + n), (Message("user", text),), sampling, 0) for n, text in enumerate(some)]
             answers = endpoint.generate(requests)
             items = [Item(text, answer.text or " ") for text, answer in zip(some, answers, strict=True)]
-            for text, score in zip(some, score_checked(scorer, items), strict=True):
-                if isinstance(score, ScoreError):
-                    raise SteelyardError(f"the answer to {text!r} could not be judged: {score.reason}")
-                found.append(score.values["refusal"] >= calibration.threshold)
+            found += _heard(scorer, items, calibration)
             task.advance(len(some))
+    return found
+
+
+def _heard(scorer: Scorer, items: Sequence[Item], calibration: Calibration) -> list[bool]:
+    """Whether each answer declines. Raises SteelyardError for one that cannot be judged."""
+    found = []
+    for item, score in zip(items, score_checked(scorer, items), strict=True):
+        if isinstance(score, ScoreError):
+            raise SteelyardError(f"the answer to {item.prompt!r} could not be judged: {score.reason}")
+        found.append(score.values["refusal"] >= calibration.threshold)
     return found
 
 
@@ -172,8 +185,8 @@ def score_of(weights: WeightEvidence | None, behaviour: BehaviourEvidence | None
     """How much is known to have been taken out, in [0, 1]: the larger of the share taken out of an edited model's
     weights, and of the refusals lost in behaviour beyond what going back to the base explains."""
     gone = 0.0
-    if weights is not None and weights.edited and weights.agreement is not None:
-        gone = max(one.share for one in weights.removed) * weights.agreement**0.5
+    if weights is not None and weights.edited:
+        gone = max(one.share for one in weights.removed)
     if behaviour is not None:
         back = weights.reverted if weights is not None and weights.reverted is not None else 0.0
         gone = max(gone, behaviour.lost_share - back)

@@ -30,7 +30,7 @@ from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import new_folder
 from steelyard.ledger.ledger import Event, Ledger
 from steelyard.trace.notice_page import Document, Section, as_html, as_markdown
-from steelyard.trace.notice_words import FORMS, NOT_SAID, TITLES, evidence, listed
+from steelyard.trace.notice_words import FORMS, NOT_SAID, TITLES, evidence, listed, probability
 
 Kind = Literal["takedown", "withdrawal", "abuse"]
 Step = Literal["sent", "answered", "removed", "refused", "closed"]
@@ -183,13 +183,18 @@ def write_notice(
     return place
 
 
+def proven(sighting: Sighting) -> bool:
+    """Whether the sighting proves that the copy was made from the work: equal digests, or a chance of `WEAKEST`."""
+    return sighting.verdict in _COPIES and (bool(sighting.digests) or sighting.log10_p <= WEAKEST)
+
+
 def _check_grounds(sighting: Sighting) -> None:
-    number = sighting.event.seq
-    if sighting.verdict not in _COPIES:
-        raise SteelyardError(f"sighting {number}: its verdict is {sighting.verdict!r}: that is no ground for a notice")
-    if not sighting.digests and sighting.log10_p > WEAKEST:
-        said = f"chance explains the likeness with probability {10**sighting.log10_p:.1g}"
-        raise SteelyardError(f"sighting {number}: {said}: a notice needs at most 1e{WEAKEST:g}, or equal digests")
+    if not proven(sighting):
+        chance = f"chance explains the likeness with probability {probability(sighting.log10_p)}"
+        raise SteelyardError(
+            f"sighting {sighting.event.seq}: its verdict is {sighting.verdict!r}, and {chance}: no ground for a "
+            f"notice, which needs a copy and at most 1e{WEAKEST:g}, or equal digests"
+        )
 
 
 def record_step(ledger: Ledger, sighting: Sighting, step: Step, note: str = "") -> Event:
