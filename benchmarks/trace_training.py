@@ -18,6 +18,7 @@ from pathlib import Path
 
 from train_data import preferences
 
+from steelyard.base.canonical import sha256_hex
 from steelyard.base.progress import LineProgress, Silent
 from steelyard.corpus.shards import Shards, write_shards
 from steelyard.inference.endpoint import Message, Request, Sampling
@@ -218,7 +219,8 @@ def small_tokenizer(words: int, work: Path) -> Path:
 def trained_small(shape: Shape, data: str, steps: int, seed: int, out: Path, work: Path) -> str:
     """A small model from random weights, trained on one collection of text; gives what was done and the loss."""
     tokenizer = small_tokenizer(shape.words, work)
-    model = new_model(shape.config(), tokenizer, seed)
+    start = int(sha256_hex(out.name.encode())[:8], 16)  # no two models begin with the same weights
+    model = new_model(shape.config(), tokenizer, start)
     rows = Rows("concatenated", length=256, rows=8)
     options = TrainOptions(
         steps=steps, learning_rate=2e-3, warmup=5, checkpoint_every=0, keep_last=1, compile="off", seed=seed

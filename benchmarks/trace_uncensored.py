@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import trace_variants as variants
-from trace_models import RELEASE, read_index
+from trace_models import BASE, RELEASE, read_index
 from trace_variants import Tensors
 
 from steelyard.base.canonical import sha256_hex
@@ -31,6 +31,7 @@ from steelyard.cli.output import print_table
 from steelyard.inference.engine import Engine
 from steelyard.inference.local import LocalEndpoint
 from steelyard.model.chat import Renderer
+from steelyard.model.headers import read_json_object
 from steelyard.model.llama import LlamaConfig, from_tensors
 from steelyard.model.tokenizer import Tokenizer
 from steelyard.scorers.registry import open_scorer
@@ -43,7 +44,7 @@ from steelyard.trace.behaviour import (
     refusals,
 )
 from steelyard.trace.refusal_direction import Directions, phrases, refusal_directions
-from steelyard.trace.uncensored import Removed, WeightEvidence, weight_evidence
+from steelyard.trace.uncensored import Array, Removed, WeightEvidence, weight_evidence
 from steelyard.train.safety_prompts import written_prompts
 
 Label = Literal["uncensored", "benign"]
@@ -74,7 +75,9 @@ class Workshop:
         self.rows = {row["name"]: row for row in read_index(cache / "index.json")}
         self.adapters = {row["name"]: Path(row["path"]) for row in read_index(cache / "adapters.json")}
         self.folder = Path(self.rows[RELEASE]["path"])
-        self.config, self.release = variants.load(self.folder)
+        self.config = read_json_object(self.folder / "config.json")
+        self.release = variants.load_tensors(self.folder)
+        self.base = variants.load_tensors(Path(self.rows[BASE]["path"]))
 
     def directions(self, name: str, harmful: Sequence[str], harmless: Sequence[str]) -> Directions:
         """Refusal directions of the release from these prompts, kept under `name`."""
@@ -189,11 +192,11 @@ class Workshop:
         """The evidence on a variant, kept."""
         path = self.out / f"{variant.name}.json"
         if not path.exists():
-            tensors = {name: value.clone() for name, value in self.release.items()}
+            tensors = {name: value.float() for name, value in self.release.items()}
             variant.change(tensors)
             tensors = {name: value.to(torch.bfloat16) for name, value in tensors.items()}
-            release = {name: value.numpy() for name, value in self.release.items()}
-            weights = weight_evidence(release, {n: v.float().numpy() for n, v in tensors.items()}, refusal)
+            release, suspect, base = (_Wide(of) for of in (self.release, tensors, self.base))
+            weights = weight_evidence(release, suspect, refusal, base)
             kept = {"weights": weights.as_json(), "refusals": self.declined(tensors)}
             write_atomic(path, json.dumps(kept).encode())
         found: dict[str, Any] = json.loads(path.read_bytes())
@@ -206,6 +209,23 @@ class Workshop:
         engine = Engine(model, tokenizer.eos_ids, tokenizer.decode, rows=64)
         endpoint = LocalEndpoint(engine, tokenizer, Renderer(self.folder))
         return refusals(endpoint, held_out_prompts(), open_scorer("embedded:refusal"), progress=PROGRESS)
+
+
+class _Wide(Mapping[str, Array]):
+    """Tensors as float32 arrays, made as they are asked for."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Array:
+        array: Array = self.tensors[name].float().numpy()
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def then(*changes: Change) -> Change:

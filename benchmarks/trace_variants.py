@@ -202,7 +202,7 @@ def _heads(tensors: Tensors, names: Sequence[str], groups: int, each: int, size:
 def merged(tensors: Tensors, other: Tensors, share: float) -> None:
     """`share` of these weights and the rest of another model's, in place."""
     for name in tensors:
-        tensors[name] = share * tensors[name] + (1 - share) * other[name]
+        tensors[name] = share * tensors[name] + (1 - share) * other[name].float()
 
 
 def moved(tensors: Tensors, start: Tensors, end: Tensors, factor: float) -> None:

@@ -70,6 +70,11 @@ def test_the_console_script_is_the_same_program() -> None:
         (["chat", ".", "--completion", "--system", "Be kind."], "steelyard: --system with --completion: plain text"),
         (["run", "pip.yaml", "--dry-run"], "must end in #sha256= and 64 hexadecimal digits"),
         (["ledger", "show"], "steelyard: .steelyard/ledger.sqlite: no ledger here: give --workspace"),
+        (
+            ["notice", "7", "--kind", "takedown"],
+            "steelyard: .steelyard/ledger.sqlite: no ledger here: give --workspace",
+        ),
+        (["notice", "7"], "give --kind to write a notice, or --step to note what became of one"),
         (["run", "absent.yaml"], "steelyard: absent.yaml: No such file or directory: give the path"),
         (["model", "import", "ftp://x/y", "out"], "steelyard: ftp://x/y: unknown kind of source"),
         (["model", "import", ".", "out", "--generation", "warmth"], "--generation warmth: give KEY=VALUE"),

@@ -12,6 +12,7 @@ import pytest
 from steelyard.base.canonical import sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.ledger.ledger import Ledger
+from steelyard.trace.notice_words import probability
 from steelyard.trace.notices import (
     PAGE,
     REGISTERED,
@@ -27,10 +28,11 @@ from steelyard.trace.notices import (
 
 HOSTILE = "<script>alert(1)</script> [x](http://evil) ![](http://e/i.png) `code` | \u202egnp.exe \"'&"
 SEEN: dict[str, Any] = {
-    "reference": "smollm2",
-    "verdict": "fine-tuned",
+    "reference": {"name": "smollm2", "kind": "release", "subject": "5" * 64, "weights": "w" * 8},
+    "verdict": "derived",
+    "changes": ["fine-tuned"],
     "evidence": ["neurons of 3 layers match in order (Chatterjee's bound)"],
-    "p_value": 1e-40,
+    "log10_p": -56.7,
     "locations": ["https://example.org/copy"],
     "digests": [],
 }
@@ -54,7 +56,7 @@ def written(ledger: Ledger, tmp_path: Path, kind: str = "takedown", **changes: A
 
 def test_the_dossier_holds_work_places_method_and_probability(ledger: Ledger, tmp_path: Path) -> None:
     for page in written(ledger, tmp_path, digests=[{"name": "model.safetensors", "sha256": "a" * 64}]):
-        for said in ("smollm2", "5" * 64, "example.org/copy", "fine-tuned", "1.0e-40", "Chatterjee", "a" * 64):
+        for said in ("smollm2", "5" * 64, "example.org/copy", "fine-tuned", "1e-56", "Chatterjee", "a" * 64):
             assert said in page
 
 
@@ -88,7 +90,12 @@ class Tags(HTMLParser):
 
 
 def test_hostile_texts_stay_texts(ledger: Ledger, tmp_path: Path) -> None:
-    changes = {"reference": HOSTILE, "verdict": HOSTILE, "evidence": [HOSTILE], "locations": [HOSTILE]}
+    changes: dict[str, Any] = {
+        "reference": {"name": HOSTILE, "subject": HOSTILE},
+        "evidence": [HOSTILE],
+        "locations": [HOSTILE],
+    }
+    changes["changes"] = [HOSTILE]
     changes["digests"] = [{"name": HOSTILE, "sha256": "a" * 64}]
     html, markdown = written(ledger, tmp_path, **changes)
     parser = Tags()
@@ -140,8 +147,8 @@ def test_nothing_is_written_twice_or_noted_without_its_files(ledger: Ledger, tmp
     [
         ({"verdict": "unrelated"}, "no ground"),
         ({"verdict": "unreadable: a pickle"}, "no ground"),
-        ({"p_value": 0.01}, "chance explains"),
-        ({"p_value": None}, "no digest is equal"),
+        ({"verdict": "shares an ancestor"}, "no ground"),
+        ({"log10_p": -5.9}, "no ground"),
     ],
 )
 def test_weak_evidence_accuses_nobody(ledger: Ledger, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -154,11 +161,15 @@ def test_weak_evidence_accuses_nobody(ledger: Ledger, tmp_path: Path, changes: d
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"reference": ""}, "reference"),
+        ({"reference": "smollm2"}, "reference"),
+        ({"reference": {"kind": "release"}}, "reference: name"),
+        ({"reference": {"name": "x", "subject": 3}}, "reference: subject"),
         ({"verdict": 3}, "verdict"),
-        ({"p_value": 2}, "p_value"),
-        ({"p_value": True}, "p_value"),
-        ({"p_value": "small"}, "p_value"),
+        ({"log10_p": 2}, "log10_p"),
+        ({"log10_p": False}, "log10_p"),
+        ({"log10_p": None}, "log10_p"),
+        ({"log10_p": "small"}, "log10_p"),
+        ({"changes": "pruned"}, "changes"),
         ({"locations": "https://x"}, "locations"),
         ({"locations": [""]}, "locations"),
         ({"evidence": [1]}, "evidence"),
@@ -190,6 +201,10 @@ def test_withdrawal_and_abuse_need_a_reason_and_every_notice_a_place(ledger: Led
         write_notice(ledger, sighted(ledger, locations=[]), "takedown", tmp_path)
     place = write_notice(ledger, sighted(ledger, locations=[]), "takedown", tmp_path, locations=["magnet:?xt=1"])
     assert "magnet:?xt=1" in (place / PAGE).read_text()
+
+
+def test_probabilities_are_rounded_up() -> None:
+    assert [probability(value) for value in (-56.7, -400.0, -6.0, -0.3)] == ["1e-56", "1e-400", "1e-6", "0.50"]
 
 
 def test_long_lists_are_cut_and_counted(ledger: Ledger, tmp_path: Path) -> None:

@@ -138,6 +138,16 @@ def test_a_change_along_the_refusal_direction_is_improbable_by_chance_but_no_edi
     assert not found.edited
 
 
+def test_going_back_to_the_base_is_told_from_other_changes() -> None:
+    release, base = model(), noised(model(), 0.05, seed=4)
+    for share in (0.5, 1.0):
+        suspect = {name: value + np.float32(share) * (base[name] - value) for name, value in release.items()}
+        found = weight_evidence(release, noised(suspect, 0.01), unit(1)[None], base)
+        assert found.reverted == pytest.approx(share, abs=0.05)
+    assert weight_evidence(release, noised(release, 0.05), unit(1)[None], base).reverted == 0.0
+    assert weight_evidence(release, without(release, unit(1)), unit(1)[None], base).reverted == 0.0
+
+
 def test_agreement_is_the_exact_tail() -> None:
     """Against draws: uniformly random directions, projected on three fixed ones."""
     random = np.random.default_rng(0)

@@ -30,6 +30,7 @@ from steelyard.cli import (
     scorer,
     trace,
     train,
+    uncensored,
     withdraw,
 )
 from steelyard.cli.output import one_line
@@ -55,6 +56,7 @@ app.command("publish")(publish.publish)
 app.command("withdraw")(withdraw.withdraw)
 app.command("releases")(withdraw.releases)
 app.command("notice")(notice.notice)
+app.command("uncensored")(uncensored.uncensored)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(safety.app, name="safety")

@@ -6,6 +6,7 @@ completes them and signs; nothing here is legal advice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from steelyard.trace.notice_page import Section
@@ -55,7 +56,7 @@ def listed(section: Section, places: Sequence[str]) -> Section:
 def evidence(
     verdict: str,
     digests: Sequence[tuple[str, str]],
-    p_value: float | None,
+    log10_p: float,
     particulars: Sequence[str],
     grants: Sequence[str],
 ) -> Section:
@@ -65,20 +66,17 @@ def evidence(
         section.text(_EQUAL).pairs([(name or "digest", value) for name, value in digests[:MOST]], as_code=True)
         if len(digests) > MOST:
             section.text(f"And {len(digests) - MOST:,} more.")
-    if p_value is not None:
-        chance = "The chance of such a likeness, were the copy made independently of the work, is at most"
-        section.text(f"{chance} {probability(p_value)}. The method and its assumptions:")
+    chance = "The chance of such a likeness, were the copy made independently of the work, is at most"
+    section.text(f"{chance} {probability(log10_p)}. The method and its assumptions:")
     section.items(list(particulars) or ["no further particulars were recorded"])
     if grants:
         section.text("The copy bears the mark of these grants:").items(grants)
     return section
 
 
-def probability(p_value: float) -> str:
-    """In digits."""
-    if p_value == 0.0:
-        return "a number too small to be written (below 1e-300)"
-    return f"{p_value:.1e}" if p_value < 0.1 else f"{p_value:.2f}"
+def probability(log10_p: float) -> str:
+    """A probability in digits, rounded up, from its decimal logarithm: `1e-57`."""
+    return f"{10**log10_p:.2f}" if log10_p > -2 else f"1e{math.ceil(log10_p)}"
 
 
 def _asked(kind: str) -> Section:

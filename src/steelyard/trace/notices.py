@@ -2,12 +2,13 @@
 
 It is written from a sighting, the ledger's event `trace.sighted`:
 
-    reference   name under which the work was registered (`trace.registered`)
-    verdict     what the copy is: exact copy, quantised, fine-tuned, ...
+    reference   the registered work: {"name", "kind", "subject", "weights"}
+    verdict     what the copy is: exact copy, same tensors, quantised, derived
+    changes     what was done to it, as far as the weights show; may be absent
     evidence    sentences: what was found, by which method
-    p_value     chance of such a likeness for an unrelated model, or null where digests are equal
-    locations   where the copy was seen
-    digests     SHA-256 of files or tensors that are equal, with or without a name (`{"name": ..., "sha256": ...}`)
+    log10_p     decimal logarithm of the chance of such a likeness, were the two independent
+    locations   where the copy was seen; may be absent, and is then given when the notice is written
+    digests     SHA-256 of files or tensors that are equal, with or without a name ({"name", "sha256"}); may be absent
     grants      ids of grants whose mark the copy bears; may be absent
 
 No other key is read, so nobody's identity comes in: a grant's id is all that a notice says of a recipient. All texts
@@ -29,26 +30,30 @@ from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import new_folder
 from steelyard.ledger.ledger import Event, Ledger
 from steelyard.trace.notice_page import Document, Section, as_html, as_markdown
-from steelyard.trace.notice_words import FORMS, NOT_SAID, TITLES, evidence, listed
+from steelyard.trace.notice_words import FORMS, NOT_SAID, TITLES, evidence, listed, probability
 
 Kind = Literal["takedown", "withdrawal", "abuse"]
 Step = Literal["sent", "answered", "removed", "refused", "closed"]
 SIGHTED, REGISTERED, WRITTEN, STEPPED = "trace.sighted", "trace.registered", "notice.written", "notice.step"
 PAGE, TEXT = "notice.html", "notice.md"
-WEAKEST = 1e-6  # a likeness that chance explains better than so is no ground for a notice
+WEAKEST = -6.0  # log10 of the probability: a likeness that chance explains better than so is no ground for a notice
 _SHA256, _GRANT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_NO_COPY = ("unrelated", "unreadable", "undecided")
+_WORK = ("kind", "subject", "weights")
+_COPIES = ("exact copy", "same tensors", "quantised", "derived")
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """A copy that was seen. `digests` are (name, SHA-256), the name '' where there is none."""
+    """A copy that was seen. `work` is what identifies the reference; `digests` are (name, SHA-256), the name '' where
+    there is none."""
 
     event: Event
     reference: str
+    work: tuple[tuple[str, str], ...]
     verdict: str
+    changes: tuple[str, ...]
     evidence: tuple[str, ...]
-    p_value: float | None
+    log10_p: float
     locations: tuple[str, ...]
     digests: tuple[tuple[str, str], ...]
     grants: tuple[str, ...]
@@ -59,11 +64,12 @@ class Sighting:
         where, raw = f"ledger event {event.seq}", event.payload
         if event.kind != SIGHTED:
             raise FormatError(f"{where}: is a {event.kind}, not a {SIGHTED}: name a sighting")
-        p_value = raw.get("p_value")
-        if p_value is not None and (
-            isinstance(p_value, bool) or not isinstance(p_value, int | float) or not 0 <= p_value <= 1
-        ):
-            raise FormatError(f"{where}: p_value: must be a number from 0 to 1, or null")
+        log10_p = raw.get("log10_p")
+        if isinstance(log10_p, bool) or not isinstance(log10_p, int | float) or not log10_p <= 0:
+            raise FormatError(f"{where}: log10_p: must be a number that is not above 0")
+        reference = raw.get("reference")
+        if not isinstance(reference, dict):
+            raise FormatError(f"{where}: reference: must be a mapping with the name of a registered model")
         digests = tuple(_digest(where, one) for one in _list(where, raw, "digests"))
         grants = _texts(where, raw, "grants")
         for grant in grants:
@@ -71,10 +77,12 @@ class Sighting:
                 raise FormatError(f"{where}: grants: {grant[:80]!r} is no grant's id: a name does not belong here")
         return cls(
             event=event,
-            reference=_text(where, raw, "reference"),
+            reference=_text(f"{where}: reference", reference, "name"),
+            work=tuple((key, _text(f"{where}: reference", reference, key)) for key in _WORK if key in reference),
             verdict=_text(where, raw, "verdict"),
+            changes=_texts(where, raw, "changes"),
             evidence=_texts(where, raw, "evidence"),
-            p_value=None if p_value is None else float(p_value),
+            log10_p=float(log10_p),
             locations=_texts(where, raw, "locations"),
             digests=digests,
             grants=grants,
@@ -175,15 +183,18 @@ def write_notice(
     return place
 
 
+def proven(sighting: Sighting) -> bool:
+    """Whether the sighting proves that the copy was made from the work: equal digests, or a chance of `WEAKEST`."""
+    return sighting.verdict in _COPIES and (bool(sighting.digests) or sighting.log10_p <= WEAKEST)
+
+
 def _check_grounds(sighting: Sighting) -> None:
-    number = sighting.event.seq
-    if sighting.verdict.lower().startswith(_NO_COPY):
-        raise SteelyardError(f"sighting {number}: its verdict is {sighting.verdict!r}: that is no ground for a notice")
-    if not sighting.digests and (sighting.p_value is None or sighting.p_value > WEAKEST):
-        stated = "no digest is equal and no probability is stated"
-        if sighting.p_value is not None:
-            stated = f"chance explains the likeness with probability {sighting.p_value:.1g}"
-        raise SteelyardError(f"sighting {number}: {stated}; a notice needs equal digests, or at most {WEAKEST:g}")
+    if not proven(sighting):
+        chance = f"chance explains the likeness with probability {probability(sighting.log10_p)}"
+        raise SteelyardError(
+            f"sighting {sighting.event.seq}: its verdict is {sighting.verdict!r}, and {chance}: no ground for a "
+            f"notice, which needs a copy and at most 1e{WEAKEST:g}, or equal digests"
+        )
 
 
 def record_step(ledger: Ledger, sighting: Sighting, step: Step, note: str = "") -> Event:
@@ -209,7 +220,7 @@ def _document(
         _work(ledger, sighting),
         *([Section("Why").quoted(reason)] if reason.strip() else []),
         listed(Section("Where the copy is"), locations),
-        evidence(sighting.verdict, sighting.digests, sighting.p_value, sighting.evidence, sighting.grants),
+        evidence(_finding(sighting), sighting.digests, sighting.log10_p, sighting.evidence, sighting.grants),
         *FORMS[kind](),
         Section("What this notice does not say").text(NOT_SAID),
         Section("Record").pairs(record),
@@ -217,14 +228,15 @@ def _document(
     return Document(f"{TITLES[kind]}: {sighting.reference}", "Draft: unsigned, not sent.", sections)
 
 
+def _finding(sighting: Sighting) -> str:
+    return sighting.verdict + (f" ({', '.join(sighting.changes)})" if sighting.changes else "")
+
+
 def _work(ledger: Ledger, sighting: Sighting) -> Section:
+    rows = [("Name", sighting.reference), *((key.capitalize(), value) for key, value in sighting.work)]
     found = ledger.events(REGISTERED, name=sighting.reference)
-    rows = [("Name", sighting.reference)]
     if found:
-        last = found[-1]
-        known = [key for key in ("kind", "subject", "weights") if key in last.payload]
-        rows += [(key.capitalize(), str(last.payload[key])) for key in known]
-        rows += [("Registered", last.time), ("Registration (ledger event)", last.mark)]
+        rows += [("Registered", found[-1].time), ("Registration (ledger event)", found[-1].mark)]
     else:
-        rows.append(("Registered", "not in this ledger: say below how the work is identified"))
+        rows.append(("Registered", "not in this ledger"))
     return Section("The work").pairs(rows)

@@ -39,6 +39,7 @@ REMOVED = 0.3  # the share taken out along a direction for it to count as taken 
 LIKENESS = 0.5  # the cosine of r^T D with -r^T W for it to count
 LAYERS = 3  # layers in which a direction must be taken out
 EDIT_P = 1e-9
+BACK = 0.5  # the cosine of the layers' change with (base - release) for it to be a way back
 SMALLEST = 1e-300  # no probability is said to be smaller
 _ITERATIONS = 60
 _NEW = 0.5  # what is left of a direction beside those found before, for it to be another
@@ -62,7 +63,8 @@ class WeightEvidence:
     in one direction; `shared` that of all layers together. `agreement` is the squared length of a refusal direction's
     projection on the removed directions (of the release's several the closest), `p_value` its probability were it a
     random direction; `energy` and `energy_p` the same of the whole change's energy along the first of them (bounded).
-    None where nothing was removed or changed."""
+    `reverted` tells how far the layers went back to the base: the share of the release's own change that is gone, where
+    the suspect's change points there (`BACK`), else 0. None where there is nothing to tell."""
 
     relative_change: float
     rank_one: dict[int, float]
@@ -72,6 +74,7 @@ class WeightEvidence:
     p_value: float | None
     energy: float | None
     energy_p: float | None
+    reverted: float | None = None
 
     @property
     def edited(self) -> bool:
@@ -92,6 +95,7 @@ class WeightEvidence:
             "p_value": self.p_value,
             "energy": self.energy,
             "energy_p": self.energy_p,
+            "reverted": self.reverted,
             "edited": self.edited,
         }
 
@@ -106,13 +110,18 @@ def writers(names: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def weight_evidence(release: Mapping[str, Array], suspect: Mapping[str, Array], refusal: Array) -> WeightEvidence:
+def weight_evidence(
+    release: Mapping[str, Array],
+    suspect: Mapping[str, Array],
+    refusal: Array,
+    base: Mapping[str, Array] | None = None,
+) -> WeightEvidence:
     """Compare the writing matrices of two models in the same gauge, Hugging Face names and layouts, float32.
 
     `refusal` [directions, width]: the release's refusal directions, the best first. The removed directions may agree
     with any of them: the p-value is that of the best agreement times their number (Bonferroni). Matrices that the
     suspect lacks are left out; of an embedding as many rows are compared as both have. The mappings are read twice, a
-    matrix at a time; beside it memory is width x width.
+    matrix at a time; beside it memory is width x width. `base`: the model that the release was tuned from, if known.
 
     Raises UsageError where no matrix is left or a shape or the width differs, FormatError for values that are not
     finite.
@@ -124,11 +133,16 @@ def weight_evidence(release: Mapping[str, Array], suspect: Mapping[str, Array], 
     first, width = known[0], known.shape[1]
     shared, rank_one, tops = np.zeros((width, width)), dict[int, float](), list[Floats]()
     changed = written = 0.0
+    back = np.zeros(3)  # of change^2, change * (base - release), (base - release)^2
     for layer in sorted(set(layer_of.values())):
         energy_of, size = np.zeros((width, width)), 0.0
         for name in (name for name, its in layer_of.items() if its == layer):
             before, change, raw = _change(name, release, suspect, width)
             energy_of += (change @ change.T).astype(np.float64)
+            if base is not None and layer >= 0:
+                home = base[name] - before
+                for number, (a, b) in enumerate(((change, change), (change, home), (home, home))):
+                    back[number] += np.multiply(a, b, dtype=np.float64).sum()
             own = float(np.square(before, dtype=np.float64).sum())
             size, written, changed = size + own, written + own, changed + raw
         energy = float(np.trace(energy_of))
@@ -157,7 +171,14 @@ def weight_evidence(release: Mapping[str, Array], suspect: Mapping[str, Array], 
         p_value=p_value,
         energy=share,
         energy_p=energy_bound(values / values.sum(), share),
+        reverted=None if base is None else _reverted(*back),
     )
+
+
+def _reverted(squares: float, crossed: float, home: float) -> float:
+    if min(squares, home) <= 0.0 or crossed / np.sqrt(squares * home) < BACK:
+        return 0.0
+    return float(min(1.0, crossed / home))
 
 
 def _change(

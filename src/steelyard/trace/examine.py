@@ -1,0 +1,135 @@
+"""Has this sighted copy lost the release's refusals? Lineage, weights and behaviour together, noted in the ledger.
+
+>>> with Ledger(".steelyard/ledger.sqlite") as ledger:
+...     found = examine(ledger, find_sighting(ledger, "12"), Path("release"), Path("suspect"), scorer=scorer)
+>>> found.judgement.verdict
+'uncensored by weight edit'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steelyard.base.errors import SteelyardError, UsageError, require_extra
+from steelyard.base.progress import Progress, Silent
+from steelyard.ledger.ledger import Event, Ledger
+from steelyard.model.identity import subject_of, weight_files
+from steelyard.scorers.base import Scorer
+from steelyard.trace.behaviour import (
+    BehaviourEvidence,
+    Judgement,
+    behaviour_evidence,
+    commit_prompts,
+    held_out_prompts,
+    judge,
+    refusals,
+)
+from steelyard.trace.notices import Sighting, proven
+from steelyard.trace.refusal_direction import phrases, refusal_directions
+from steelyard.trace.uncensored import Array, WeightEvidence, weight_evidence
+
+EXAMINED = "trace.examined"
+PHRASES = 128  # of each side, for the refusal direction
+ANOTHER_LAYOUT = 0.7  # relative change from which matrices with the same names are not the same matrices
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found, and the event that says so. `weights` is None where they could not be compared, `behaviour` where
+    it was not measured."""
+
+    judgement: Judgement
+    weights: WeightEvidence | None
+    behaviour: BehaviourEvidence | None
+    event: Event
+
+
+def examine(
+    ledger: Ledger,
+    sighting: Sighting,
+    release: Path,
+    suspect: Path,
+    *,
+    base: Path | None = None,
+    scorer: Scorer | None,
+    progress: Progress | None = None,
+) -> Examination:
+    """Compare the model folder `suspect` with `release`, the registered one that `sighting` names, in weights and,
+    where a `scorer` of refusals is given, in behaviour. `base`: what the release was tuned from.
+
+    A suspect whose lineage is not proven is undecided, whatever its weights say. Raises UsageError where `release` is
+    not the model that the sighting names, SteelyardError where it has no refusals to lose, and what reading the models,
+    generating and scoring raise.
+    """
+    progress = progress or Silent()
+    registered, found = dict(sighting.work).get("subject"), subject_of(release, progress).digest
+    if registered != found:
+        raise UsageError(
+            f"{release}: is subject {found[:16]}, not {str(registered)[:16]}, which sighting {sighting.event.seq} names"
+        )
+    directions = refusal_directions(release, *phrases(PHRASES), progress=progress).telling()
+    with ExitStack() as open_files:
+        models = [FolderTensors(folder, open_files) for folder in (release, suspect, base) if folder is not None]
+        weights: WeightEvidence | None = None
+        progress.say("comparing the weights")
+        if models[0].keys() & models[1].keys():
+            weights = weight_evidence(models[0], models[1], directions, models[2] if base is not None else None)
+    if weights is not None and weights.relative_change > ANOTHER_LAYOUT:
+        weights = None  # rotated or permuted: nothing that is compared name by name means anything
+    behaviour, prompts = None, None
+    if scorer is not None:
+        texts = held_out_prompts()
+        prompts = commit_prompts(ledger, texts, str(suspect))
+        behaviour = behaviour_evidence(
+            _declined(release, texts, scorer, progress), _declined(suspect, texts, scorer, progress)
+        )
+    said = judge(proven(sighting), weights, behaviour)
+    payload: dict[str, Any] = {
+        "sighting": sighting.event.mark,
+        **asdict(said),
+        "weights": None if weights is None else weights.as_json(),
+        "behaviour": None if behaviour is None else behaviour.as_json(),
+        "prompts": prompts,
+        "scorer": None if scorer is None else scorer.identity().model_dump(mode="json"),
+    }
+    return Examination(said, weights, behaviour, ledger.append(EXAMINED, payload))
+
+
+def _declined(folder: Path, prompts: list[str], scorer: Scorer, progress: Progress) -> list[bool]:
+    from steelyard.inference.local import LocalEndpoint
+
+    return refusals(LocalEndpoint.open(folder, progress=progress), prompts, scorer, progress=progress)
+
+
+class FolderTensors(Mapping[str, Array]):
+    """The tensors of a model folder as float32 arrays, each read when it is asked for. Raises FormatError for a folder
+    that `weight_files` refuses, MissingDependencyError without the `models` extra."""
+
+    def __init__(self, folder: Path, open_files: ExitStack) -> None:
+        try:
+            from safetensors import safe_open
+        except ImportError as error:
+            raise require_extra(error.name or "torch", "models") from None
+        self.folder, self._file_of = folder, dict[str, Any]()
+        for name, tensors in weight_files(folder).items():
+            file = open_files.enter_context(safe_open(folder / name, framework="pt"))
+            self._file_of |= dict.fromkeys(tensors, file)
+
+    def __getitem__(self, name: str) -> Array:
+        tensor = self._file_of[name].get_tensor(name)
+        if not tensor.is_floating_point():
+            raise SteelyardError(f"{self.folder}: tensor {name} holds whole numbers: unpack the quantised model first")
+        array: Array = tensor.float().numpy()
+        return np.ascontiguousarray(array)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
