@@ -42,6 +42,7 @@ app = typer.Typer(
 key_app = typer.Typer(no_args_is_help=True, help="The keys of granting.", rich_markup_mode=None)
 app.add_typer(key_app, name="key")
 
+
 class Decision(StrEnum):
     """A reviewer's word."""
 

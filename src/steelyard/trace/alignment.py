@@ -41,6 +41,7 @@ EXACT_MATCHING = 4096  # neurons; above, each takes its best match, which noise 
 _ROTATED = 0.9  # of the embeddings' squared distance: a rotation that leaves more explains nothing but noise
 _FOLDED = 0.1  # relative distance of a norm's scale: fine-tuning moves it by far less
 _SCALED = 0.02  # a factor nearer to 1 is noise, or too small to matter
+_UNSCALED = 0.95  # share of factors near 1 that says the others are mishaps
 _SAME = 0.5  # cosine: of independent vectors of 64 numbers or more it is never as high
 _SAMPLE = 48  # neurons by which layers are told apart
 
@@ -120,6 +121,8 @@ def _rotation(ours: Array, theirs: Array) -> Array | None:
     own, other = float(np.square(ours).sum()), float(np.square(theirs).sum())
     apart = float(np.square(theirs - ours).sum())
     cosine = float(values.sum()) / max(np.sqrt(own * other), 1e-30)
+    if apart < 1e-6 * own:  # nothing to explain but rounding
+        return None
     if cosine < _SAME or own + other - 2 * cosine * np.sqrt(own * other) > _ROTATED * apart:
         return None
     return np.asarray(left @ right, np.float32)
@@ -140,6 +143,7 @@ class _Alignment:
         self.reference, self.suspect, self.turn, self.found = reference, suspect, turn, found
         self.heads, self.kv_heads = heads, kv_heads
         self.tensors: dict[str, Array] = {}
+        self.ours: dict[str, Array] = {}  # the reference's layer that is worked on
 
     # --- residual stream and norms ---
 
@@ -178,37 +182,41 @@ class _Alignment:
         return float((_unit(sample) @ _unit(rows).T).max(axis=1).mean())
 
     def layer(self, theirs: int, ours: int) -> None:
-        """Fill in one layer, norms first."""
+        """Fill in one layer. What a folded norm fed is compared with the norm's scale folded in on both sides, and the
+        scale taken out at the end: columns of small scale would else count for more than they do."""
+        prefix, folded = f"model.layers.{ours}.", []
+        self.ours = {name: tensor for name, tensor in self.reference.items() if name.startswith(prefix)}
         for norm, readers in READERS.items():
-            scale = self.suspect[f"model.layers.{theirs}.{norm}.weight"]
-            own = self.reference[f"model.layers.{ours}.{norm}.weight"]
-            folded = self.turn is not None or _distance(scale, own) > _FOLDED
-            self.found.folded += folded
+            scale, name = self.suspect[f"model.layers.{theirs}.{norm}.weight"], f"{prefix}{norm}.weight"
+            self.tensors[name] = scale
+            if is_folded := self.turn is not None or _distance(scale, self.reference[name]) > _FOLDED:
+                folded.append(norm)
             for reader in readers:
                 matrix = self.suspect[f"model.layers.{theirs}.{reader}.weight"]
-                if folded:
-                    matrix = self.read(matrix, scale) / np.where(own == 0, np.float32(1), own)
-                self.put(ours, reader, matrix)
-            self.tensors[f"model.layers.{ours}.{norm}.weight"] = own if folded else scale
+                if is_folded:
+                    matrix = self.read(matrix, scale)
+                    self.ours[f"{prefix}{reader}.weight"] = self.ours[f"{prefix}{reader}.weight"] * self.reference[name]
+                self.tensors[f"{prefix}{reader}.weight"] = matrix
         for writer in WRITERS:
             matrix = self.suspect[f"model.layers.{theirs}.{writer}.weight"]
-            self.put(ours, writer, matrix if self.turn is None else np.asarray(self.turn @ matrix))
-        self.place_heads(ours)
-        self.place_neurons(ours)
-        for norm, readers in READERS.items():
-            name = f"model.layers.{ours}.{norm}.weight"
-            if self.tensors[name] is self.reference[name]:  # folded
-                self.unfold(name, [f"model.layers.{ours}.{reader}.weight" for reader in readers])
+            self.tensors[f"{prefix}{writer}.weight"] = matrix if self.turn is None else np.asarray(self.turn @ matrix)
+        self.place_heads(prefix)
+        self.place_neurons(prefix)
+        for norm in folded:
+            self.unfold(f"{prefix}{norm}.weight", [f"{prefix}{reader}.weight" for reader in READERS[norm]])
+        self.found.folded += len(folded)
 
     def unfold(self, norm: str, readers: list[str]) -> None:
-        """Take a norm's own change back out of the columns of its readers, by least squares."""
+        """Take a norm's scale out of the columns of its readers, by least squares against the reference's."""
         present = [name for name in readers if name in self.tensors]
-        above = sum(np.einsum("ij,ij->j", self.tensors[name], self.reference[name]) for name in present)
-        below = sum(np.einsum("ij,ij->j", self.reference[name], self.reference[name]) for name in present)
-        factor = np.where(np.asarray(below) > 0, above / np.maximum(below, 1e-30), 1).astype(np.float32)
-        self.tensors[norm] = self.reference[norm] * factor
+        ours = [self.reference.get(name, self.reference[EMBEDDING]) for name in present]  # a tied head is the embedding
+        above = sum(np.einsum("ij,ij->j", self.tensors[name], own) for name, own in zip(present, ours, strict=True))
+        below = sum(np.einsum("ij,ij->j", own, own) for own in ours)
+        scale = np.divide(above, below, out=np.zeros_like(self.reference[norm]), where=np.asarray(below) > 0)
+        self.tensors[norm] = scale
+        divisor = np.where(scale == 0, np.float32(1), scale)
         for name in present:
-            self.tensors[name] = self.tensors[name] / np.where(factor == 0, np.float32(1), factor)
+            self.tensors[name] = np.asarray(self.tensors[name] / divisor, np.float32)
 
     def outside(self) -> None:
         """The embedding, the final norm and the output head."""
@@ -228,28 +236,23 @@ class _Alignment:
         self.found.folded += 1
         if len(head) < len(target):
             return
-        head = self.read(head[: len(target)], scale)
-        above, below = np.einsum("ij,ij->j", head, target), np.einsum("ij,ij->j", target, target)
-        factor = np.where(below > 0, above / np.maximum(below, 1e-30), own).astype(np.float32)
-        self.tensors[FINAL_NORM] = factor
-        if HEAD in self.reference:
-            self.tensors[HEAD] = head / np.where(factor == 0, np.float32(1), factor)
-
-    def put(self, layer: int, part: str, matrix: Array) -> None:
-        self.tensors[f"model.layers.{layer}.{part}.weight"] = matrix
+        self.tensors[HEAD] = self.read(head[: len(target)], scale)
+        self.unfold(FINAL_NORM, [HEAD])
+        if HEAD not in self.reference:
+            del self.tensors[HEAD]
 
     # --- heads and neurons ---
 
-    def place_heads(self, layer: int) -> None:
+    def place_heads(self, prefix: str) -> None:
         """Heads in the reference's order, key/value heads first, and without their factors."""
-        names = {part: f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkvo"}
+        names = {part: f"{prefix}self_attn.{part}_proj.weight" for part in "qkvo"}
         counts = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "o": self.heads}
 
         def parts(tensors: Mapping[str, Array], part: str) -> Array:
             split = split_columns if part == "o" else split_heads
             return split(tensors[names[part]], counts[part])  # [heads, D, hidden]; o: [heads, hidden, D]
 
-        ours = {part: parts(self.reference, part) for part in names}
+        ours = {part: parts(self.ours, part) for part in names}
         theirs = {part: parts(self.tensors, part) for part in names}
         groups = _assign(_cosines(ours["k"], theirs["k"]) + _cosines(ours["v"], theirs["v"]))
         share = self.heads // self.kv_heads
@@ -276,9 +279,9 @@ class _Alignment:
                 self.tensors[name] = join_columns(placed) if part == "o" else rows
             self.found.scaled += int((factor != 1).sum()) if part in "kv" else 0
 
-    def place_neurons(self, layer: int) -> None:
+    def place_neurons(self, prefix: str) -> None:
         """Neurons in the reference's order and without their factors; left out where there are more or fewer."""
-        gate, up, down = (f"model.layers.{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
+        gate, up, down = (f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
         if self.tensors[gate].shape != self.reference[gate].shape:
             for name in (gate, up, down):
                 del self.tensors[name]
@@ -288,17 +291,17 @@ class _Alignment:
             self.found.neurons += int((order != np.arange(len(order))).sum())
             self.tensors[gate], self.tensors[up] = self.tensors[gate][order], self.tensors[up][order]
             self.tensors[down] = self.tensors[down][:, order]
-        factor = _factors(self.tensors[up], self.reference[up])
+        factor = _factors(self.tensors[up], self.ours[up])
         if (factor != 1).any():
             self.found.scaled += int((factor != 1).sum())
             self.tensors[up] = self.tensors[up] / factor[:, None]
-        factor = _factors(self.tensors[down].T, self.reference[down].T)
+        factor = _factors(self.tensors[down].T, self.ours[down].T)
         if (factor != 1).any():
             self.tensors[down] = self.tensors[down] / factor
 
     def neuron_order(self, gate: str, up: str) -> Order | None:
         """The suspect's neuron at each of the reference's places, by gate and up rows; None where all are in place."""
-        ours = [_unit(self.reference[name]) for name in (gate, up)]
+        ours = [_unit(self.ours[name]) for name in (gate, up)]
         theirs = [_unit(self.tensors[name]) for name in (gate, up)]
         in_place = [np.einsum("ij,ij->i", a, b) for a, b in zip(ours, theirs, strict=True)]
         if (in_place[0] + np.abs(in_place[1]) > 2 * _SAME).all():
@@ -332,7 +335,10 @@ def _assign(likeness: Array) -> Order:
 
 
 def _factors(theirs: Array, ours: Array) -> Array:
-    """The factor of each row against the reference's, by least squares; 1 where it is too near to 1 to be one."""
+    """The factor of each row against the reference's, by least squares. Those near 1 are noise, and left at 1, unless
+    many others are not."""
     below = np.einsum("ij,ij->i", ours, ours)
     factor = np.where(below > 0, np.einsum("ij,ij->i", theirs, ours) / np.maximum(below, 1e-30), 1)
-    return np.where((np.abs(factor - 1) < _SCALED) | (np.abs(factor) < 1e-6), 1, factor).astype(np.float32)
+    factor = np.where(np.abs(factor) < 1e-6, 1, factor)
+    near = np.abs(factor - 1) < _SCALED
+    return np.where(near & (near.mean() > _UNSCALED), 1, factor).astype(np.float32)
