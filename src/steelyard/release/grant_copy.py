@@ -34,8 +34,8 @@ REVIEWS = tuple(f"{HOME}/review-{number}.dsse.json" for number in range(1, MAX_R
 SOURCE_TEST = f"{HOME}/source-test-result.dsse.json"
 SOURCE_SUMMARY = f"{HOME}/source-summary.dsse.json"
 SOURCE_CARD = f"{HOME}/source-card.md"
-PAPERS = (COMMITMENT, COUNTERSIGNATURE, TIMESTAMP, *REVIEWS, SOURCE_TEST, SOURCE_SUMMARY, SOURCE_CARD)
-LICENCE = "LICENSE"
+LICENCE = f"{HOME}/licence.txt"  # what the recipient accepted; the model's own LICENSE stays as it is
+PAPERS = (LICENCE, COMMITMENT, COUNTERSIGNATURE, TIMESTAMP, *REVIEWS, SOURCE_TEST, SOURCE_SUMMARY, SOURCE_CARD)
 LICENCE_LIMIT = 1_000_000  # bytes
 LIST_LIMIT = 1_000_000
 MAX_FILES = 2_000
@@ -117,9 +117,9 @@ def wanted_of(bundle: Path) -> Wanted:
 
 def licence_of(bundle: Path, file: Path | None = None) -> bytes:
     """The text that a recipient accepts: `file`, else the bundle's own. Raises UsageError where there is none."""
-    path = file or next((bundle / name for name in (LICENCE, "LICENSE.txt") if (bundle / name).is_file()), None)
+    path = file or next((bundle / name for name in ("LICENSE", "LICENSE.txt") if (bundle / name).is_file()), None)
     if path is None:
-        raise UsageError(f"{bundle}: holds no {LICENCE}: give the text that recipients accept (--licence FILE)")
+        raise UsageError(f"{bundle}: holds no LICENSE: give the text that recipients accept (--licence FILE)")
     try:
         return read_bounded(path, LICENCE_LIMIT)
     except OSError as error:

@@ -7,18 +7,29 @@ from pathlib import Path
 from steelyard.base.canonical import sha256_file
 from steelyard.base.errors import SteelyardError
 from steelyard.base.progress import Progress
+from steelyard.model.headers import read_json_object
 from steelyard.model.identity import subject_of
 from steelyard.release.evidence import read_run
 from steelyard.release.grant_statements import Battery, Difference, Perplexity
 from steelyard.safety.report import compute_report
 
+WINDOW = 1024  # tokens
+
 
 def measure_perplexity(original: Path, copy: Path, text: Path, progress: Progress) -> Perplexity:
-    """Of both models on the same text (needs torch)."""
+    """Of both models on the same text (needs torch), in windows of up to 1,024 tokens, each half over the last."""
     from steelyard.safety.perplexity import perplexity
 
-    before, after = perplexity(original, text, progress), perplexity(copy, text, progress)
-    return Perplexity(text=sha256_file(text), tokens=after.tokens, original=before.per_token, copy=after.per_token)
+    context = read_json_object(copy / "config.json").get("max_position_embeddings")
+    window = min(WINDOW, context) if isinstance(context, int) and context > 1 else WINDOW
+    before, after = (perplexity(one, text, progress, window=window, stride=window // 2) for one in (original, copy))
+    return Perplexity(
+        text=sha256_file(text),
+        tokens=after.tokens,
+        window=window,
+        original=before.per_token,
+        copy=after.per_token,
+    )
 
 
 def measured_battery(run: Path, copy: Path, subject: str) -> Battery:

@@ -11,7 +11,7 @@ number. Evidence cites grant ids, never who stands behind them. Held in memory: 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,14 @@ class Evidence:
         lines = [
             f"# Whose copy is {escape(self.suspect)}?",
             "",
-            f"Compared with {self.grants:,} grants of the release with weights {code(self.weights)}, {self.time}.",
+            f"Compared with every grant ({self.grants:,}) of the weights {code(self.weights)}, {self.time}.",
             "",
         ]
         for one in self.named:
             power = one.log10_p + math.log10(self.grants)
             lines += [
-                f"**Grant {code(one.grant.id)}.** An innocent recipient, of all {self.grants:,}, would be named here "
-                f"with a probability of at most 10^({power:.1f}).",
+                f"**Grant {code(one.grant.id)}.** The probability that this names an innocent recipient, whichever of "
+                f"the {self.grants:,}, is at most 10^({power:.1f}).",
                 "",
                 f"- commitment to its code: {code(one.grant.commitment)}, issued {stamp(one.grant.issued)}",
                 f"- countersigned before the copy was made: {code(one.countersignature)}",
@@ -154,7 +154,7 @@ def name_grant(
         weights=subject.weights,
         subject=subject.digest,
         grants=len(grants),
-        found=str(aligned.found),
+        found=_in_words(aligned.found),
         named=tuple(named),
         mark=mark.fingerprint,
         time=stamp(now),
@@ -166,6 +166,14 @@ def name_grant(
         evidence=sha256_hex(evidence.to_json()),
     )
     return evidence
+
+
+def _in_words(found: alignment.Found) -> str:
+    """What the alignment undid; `layers` only where they are not all there in their order."""
+    said = {name: value for name, value in asdict(found).items() if value and name != "layers"}
+    if found.layers != tuple(range(len(found.layers))):
+        said["layers"] = found.layers
+    return ", ".join(f"{name} {value}" for name, value in said.items()) or "nothing"
 
 
 def _check_codes(grants: dict[str, Grant], mark: MarkKey) -> None:

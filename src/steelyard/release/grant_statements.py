@@ -85,10 +85,11 @@ class Countersignature(Strict):
 
 
 class Perplexity(Strict):
-    """Measured on one text (`text`: its SHA-256), per token, in the stored dtype."""
+    """Measured on one text (`text`: its SHA-256), per token, in the stored dtype, in windows that advance by half."""
 
     text: Sha256
     tokens: int = Field(ge=1)
+    window: int = Field(ge=2)
     original: Finite
     copy_: Finite = Field(alias="copy")
 
