@@ -38,7 +38,7 @@ def families(probes: list[Probe], axis: str) -> dict[str, list[Probe]]:
 
 @pytest.mark.parametrize(
     ("axis", "least", "of_families", "largest"),
-    [("degeneration", 800, 130, 6), ("group", 2000, 140, 15), ("truthfulness", 1100, 200, 6)],
+    [("degeneration", 800, 130, 6), ("group", 4400, 290, 15), ("truthfulness", 1100, 200, 6)],
 )
 def test_size_and_families(probes: list[Probe], axis: str, least: int, of_families: int, largest: int) -> None:
     found = families(probes, axis)
