@@ -29,7 +29,7 @@ def waiting(untested: Chain) -> tuple[Chain, Command]:
     command = ("safety", "run", untested.model, untested.run, *place, "--countersign")
     said = steelyard(*command).out
     assert "is committed and waits before its first generation" in said
-    assert f"steelyard countersign {untested.run / 'commitment.json'} --key WITNESS" in said
+    assert f"steelyard countersign {untested.run} --key WITNESS" in said
     assert not (untested.run / "journal.jsonl").exists()
     return untested, command
 
@@ -39,7 +39,7 @@ def test_a_witness_reads_signs_and_the_same_command_goes_on(waiting: tuple[Chain
     paused = steelyard(*command, "--json").json
     commitment = chain.run / "commitment.json"
     assert paused == {"paused": {json.loads(commitment.read_bytes())["run"]: str(commitment)}}
-    sign = ("countersign", commitment, "--key", "witness", "--workspace", chain.root)
+    sign = ("countersign", chain.run, "--key", "witness", "--workspace", chain.root)
     unread = steelyard(*sign, code=2)
     assert "no terminal to ask on" in unread.err
     assert not (chain.run / "commitment.dsse.json").exists()

@@ -14,7 +14,7 @@ from steelyard.cli.output import one_line, passphrase
 
 
 def countersign(
-    commitment: Annotated[Path, typer.Argument(help="A run's commitment.json, in the folder as the run left it.")],
+    run: Annotated[Path, typer.Argument(help="The folder of the waiting run (or the commitment.json in it).")],
     key: Annotated[str | None, typer.Option(help="Name of the witness's key.")] = None,
     timestamp_url: Annotated[
         str | None, typer.Option(help="Address of an RFC 3161 authority, to stamp it instead of signing.")
@@ -46,7 +46,7 @@ def countersign(
 
     if (key is None) == (timestamp_url is None):
         raise UsageError("give --key NAME (you are the witness), or --timestamp-url URL (an authority is)")
-    path = commitment / COMMITMENT if commitment.is_dir() else commitment
+    path = run / COMMITMENT if run.is_dir() else run
     found, data = load_commitment(path)
     target = out or path.parent / (COUNTERSIGNATURE if key is not None else TIMESTAMP)
     if target.exists() or target.is_symlink():

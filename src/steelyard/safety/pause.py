@@ -49,7 +49,7 @@ class Paused(SteelyardError):  # noqa: N818 - nothing is wrong
         self.waiting = dict(waiting)
         told = "; ".join(
             f"run {run} is committed and waits before its first generation: have {commitment} countersigned (steelyard "
-            f"countersign {commitment} --key WITNESS, or --timestamp-url URL)"
+            f"countersign {commitment.parent} --key WITNESS, or --timestamp-url URL)"
             for run, commitment in waiting.items()
         )
         super().__init__(f"{told}, put {COUNTERSIGNATURE} or {TIMESTAMP} beside it, and give the same command again")
