@@ -804,12 +804,12 @@ def withdrawn_weights_under_another_manifest(c: Case) -> Any:
     return listed(c, c.entry()) | {"bundle": c.other}
 
 
-@case("expired at")
+@case("ask its signers to issue it anew (steelyard withdraw --refresh)")
 def a_frozen_list(c: Case) -> Any:
     return listed(c) | {"now": c.now + timedelta(days=40)}
 
 
-@case("it was rolled back")
+@case("it was rolled back: fetch the newest (--list)")
 def a_list_rolled_back(c: Case) -> Any:
     older, newer = c.lists(), c.lists(c.entry())
     newer = newer.model_copy(update={"sequence": 2, "previous": digest(older.model_dump(mode="json"))})
@@ -824,7 +824,10 @@ def a_list_of_the_future(c: Case) -> Any:
     return listed(c) | {"now": c.now - timedelta(days=1)}
 
 
-@case("signed by 1 of your withdrawal signers, 2 are needed", "a-list-by-one-of-two-signers")
+@case(
+    "signed by 1 of your withdrawal signers, 2 are needed: ask the others to sign it (steelyard withdraw --sign",
+    "a-list-by-one-of-two-signers",
+)
 def _one_signer(c: Case) -> Any:
     return listed(c, signers=("dora",))
 

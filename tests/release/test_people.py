@@ -50,7 +50,7 @@ def test_from_the_test_to_a_release(chain: Chain) -> None:
     assert not any((candidate / name).exists() for name in (SUMMARY, MODEL_SIGNATURE, *APPROVALS))
     assert not verify(chain, candidate).ok
     assert chain.approve(candidate, "bob") == candidate / APPROVALS[0]
-    with pytest.raises(SteelyardError, match="wants 2 approvals, here are 1"):
+    with pytest.raises(SteelyardError, match="wants 2 approvals, here are 1: more approvers run steelyard approve"):
         chain.seal(candidate)
     assert chain.approve(candidate, "carol") == candidate / APPROVALS[1]
     bundle = chain.seal(candidate)

@@ -52,7 +52,10 @@ def test_without_a_key_it_lists_what_it_sees_and_is_not_ok(released: Released) -
     result = chain.verify(bundle, keys=[])
     assert not result.ok
     assert [finding.code for finding in result.findings] == ["signature"] * 3
-    assert all("give a public key of your own" in finding.message for finding in result.findings)
+    assert all(
+        "a public key of your own to check it (--key PEM, or --trust FILE)" in finding.message
+        for finding in result.findings
+    )
     assert {"subject", "weights", "policy", "run", "journal root", "signed by key"} <= dict(result.seen).keys()
 
 
@@ -230,7 +233,7 @@ def test_signed_again_with_another_key(released: Released, bundle_copy: Copy, tm
     _reseal(bundle, chain, key="thief")
     found = messages(chain.verify(bundle))
     assert [message.split(":")[0] for message in found] == [TEST_RESULT, SUMMARY, MODEL_SIGNATURE]
-    assert all("none of yours" in message for message in found)
+    assert all("none of yours" in message and "name it (--key PEM, or --trust FILE)" in message for message in found)
     assert chain.verify(bundle, keys=[chain.keys / "thief.pub.pem"]).ok
 
 

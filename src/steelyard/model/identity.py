@@ -67,6 +67,7 @@ _DTYPE_NAMES = {
 }
 _CHUNK = 4 << 20
 _MAX_TEXT = 4 << 20
+_MAX_TOKENIZER = 256 << 20  # bytes of one file; the largest known are a tenth of it
 
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
@@ -329,6 +330,8 @@ def _tokenizer_digest(folder: Path) -> str:
             parts.append([name, _digest(path, settings)])
         else:
             with open_regular(path) as file:
+                if os.fstat(file.fileno()).st_size > _MAX_TOKENIZER:
+                    raise FormatError(f"{path}: is over {_MAX_TOKENIZER:,} bytes: no tokenizer needs that")
                 parts.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
     return digest(parts)
 

@@ -28,6 +28,8 @@ from steelyard.base.strict import strict_base64, strict_json
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
+OWN = "(--key PEM, or --trust FILE)"
+FOREIGN = f"if it is right, get that public key from its holder, not from here, and name it {OWN}"
 ENVELOPE_LIMIT = 1_000_000  # bytes; a test result is a few kilobytes
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -201,7 +203,7 @@ def verify_envelope(data: bytes, where: str, keys: Sequence[Key]) -> tuple[bytes
     payload, signatures = read_envelope(data, where)
     keyid = next(iter(signatures))
     if not keys:
-        raise SignatureError(f"{where}: signed by key {keyid[:80]}; give a public key of your own to check it")
+        raise SignatureError(f"{where}: signed by key {keyid[:80]}; give a public key of your own to check it {OWN}")
     envelope = Envelope(payload, PAYLOAD_TYPE, {name: Signature(name, sig) for name, sig in signatures.items()})
     try:
         accepted = envelope.verify(list(keys), 1)
@@ -209,7 +211,7 @@ def verify_envelope(data: bytes, where: str, keys: Sequence[Key]) -> tuple[bytes
         if keyid in {key.keyid for key in keys}:
             message = f"{where}: the signature of key {keyid} does not fit the statement: one of them was changed"
         else:
-            message = f"{where}: signed by key {keyid[:80]}, which is none of yours"
+            message = f"{where}: signed by key {keyid[:80]}, which is none of yours: {FOREIGN}"
         raise SignatureError(message) from error
     return payload, next(iter(accepted.values()))
 

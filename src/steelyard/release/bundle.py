@@ -228,7 +228,7 @@ def seal(
             raise SteelyardError(f"{out}: the candidate was attested as {found.name!r}: give the bundle that name")
         policy = trust.policy
         if policy is None:
-            raise SteelyardError("the trust file names no policy")
+            raise SteelyardError("the trust file names no policy: add policy: NAME, or a policy's .yaml")
         write_seals(folder, found, policy, signer, key, how, now)
         sealed = _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")
         _note(ledger, folder, sealed)
@@ -245,7 +245,7 @@ def _check_signer(signer: CryptoSigner, key: KeyInfo) -> None:
 
 def _check_free(out: Path) -> None:
     if out.exists() or out.is_symlink():
-        raise SteelyardError(f"{out} exists already: a release is never overwritten")
+        raise SteelyardError(f"{out} exists already: a release is never overwritten: name another folder")
 
 
 def _check_pass(decision: Decision, run: Path) -> None:

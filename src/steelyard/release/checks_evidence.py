@@ -76,7 +76,8 @@ def same_policy(mine: Policy, its: Policy, where: str) -> list[Finding]:
     if mine.digest == its.digest:
         return []
     keys = differing_keys(mine.model_dump(mode="json"), its.model_dump(mode="json")) or ["the order of the criteria"]
-    return [Finding("policy", f"{where}: is not the policy {mine.name!r} it is held to: {some(keys)} differ")]
+    remedy = "hold it to the one it was tested under, if you accept that one (--policy FILE)"
+    return [Finding("policy", f"{where}: is not the policy {mine.name!r} it is held to: {some(keys)} differ: {remedy}")]
 
 
 def _check_subject(tested: Subject, subject: Subject | None, where: str) -> Iterator[Finding]:
@@ -106,7 +107,10 @@ def _check_policy(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
     committed = plan.policies.get(policy.name)
     if committed is None:
         names = ", ".join(sorted(plan.policies))
-        yield Finding("policy", f"{where}: {policy.name!r} was not committed before the run (committed: {names})")
+        remedy = f"hold it to one of those, or test again under it (steelyard safety run --policy {policy.name})"
+        yield Finding(
+            "policy", f"{where}: {policy.name!r} was not committed before the run (committed: {names}): {remedy}"
+        )
     elif committed != policy.digest:
         old = beside.get(policy.name)
         keys = differing_keys(policy.model_dump(mode="json"), old.model_dump(mode="json")) if old else []
@@ -114,9 +118,12 @@ def _check_policy(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
         yield Finding("policy", f"{where}: {policy.name!r} is not the one committed before the run{detail}")
     if battery.tier not in policy.tiers:
         tiers = ", ".join(policy.tiers)
-        yield Finding("tier", f"{policy.name} needs a battery of tier {tiers}; {battery.name} is {battery.tier}")
+        yield Finding(
+            "tier", f"{policy.name} needs a battery of tier {tiers}; {battery.name} is {battery.tier} (--battery)"
+        )
     if policy.batteries and battery.digest not in policy.batteries:
-        yield Finding("battery", f"{evidence.where['battery']}: {battery.name!r} is none that {policy.name} accepts")
+        text = f"{battery.name!r} is none that {policy.name} accepts (--battery)"
+        yield Finding("battery", f"{evidence.where['battery']}: {text}")
     packaged = _packaged(policy.name)
     if packaged is not None and packaged[0] == policy.digest and battery.digest not in packaged[1].values():
         known = ", ".join(sorted(packaged[1])) or "none"
@@ -163,7 +170,10 @@ def _check_times(journal: Journal, policy: Policy, at: datetime, where: str) -> 
         yield Finding("time", f"{where}: the run {text}: a clock is wrong or was set back")
     age = (at - finished).total_seconds() / 86400
     if age > policy.max_report_age_days:
-        text = f"the report is {age:.1f} days old, {policy.name} allows {policy.max_report_age_days:g}: test again"
+        text = (
+            f"the report is {age:.1f} days old, {policy.name} allows {policy.max_report_age_days:g}: test again, into"
+        )
+        text += " another folder (steelyard safety run)"
         yield Finding("stale", f"{where}: {text}")
 
 

@@ -36,6 +36,8 @@ from steelyard.safety.journal import Finding
 from steelyard.safety.policy import Policy
 
 T = TypeVar("T")
+_AGAIN = "ask for it signed anew, by a key that stands"
+_APPROVE = "more approvers run steelyard approve CANDIDATE --key NAME --trust FILE, and then it is sealed (anew)"
 Parse = Callable[[bytes, str], tuple[dict[str, str], datetime, T]]
 
 
@@ -134,13 +136,16 @@ def check_key(file: str, keyid: str, time: datetime, trust: Trust) -> Iterator[F
         when = event.time.isoformat(timespec="seconds")
         if event.kind == "revocation":
             text = f"signed by key {keyid}, revoked at {when}: {' '.join(event.reason.split())}"
-            yield Finding("revoked", f"{file}: {text}")
+            yield Finding("revoked", f"{file}: {text}: {_AGAIN}")
         elif time > event.time:
-            yield Finding("rotated", f"{file}: signed by key {keyid} after its rotation at {when}")
+            yield Finding("rotated", f"{file}: signed by key {keyid} after its rotation at {when}: {_AGAIN}")
     end = trust.until.get(keyid)
     if end is not None and time > end:
         text = f"signed by key {keyid} at {time.isoformat(timespec='seconds')}, trusted until"
-        yield Finding("expired", f"{file}: {text} {end.isoformat(timespec='seconds')}")
+        yield Finding(
+            "expired",
+            f"{file}: {text} {end.isoformat(timespec='seconds')}: {_AGAIN}, or change until in your trust file",
+        )
 
 
 def check_key_kind(policy: Policy, kind: str, file: str | None = None) -> Iterator[Finding]:
@@ -168,7 +173,7 @@ def check_people(
     wanted = max(policy.keys.approvals, trust.approvals)
     if counted and approvers < wanted:
         who = policy.name if wanted == policy.keys.approvals else "your trust file"
-        yield Finding("approvals", f"{who} wants {wanted} approvals, here are {approvers}")
+        yield Finding("approvals", f"{who} wants {wanted} approvals, here are {approvers}: {_APPROVE}")
     if not policy.keys.distinct:
         return
     yield from _check_pinned(policy, trust)

@@ -4,11 +4,11 @@ held against numbers: the words around them may change from version to version, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steelyard.base.canonical import sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import read_bounded
 from steelyard.base.strict import strict_json
@@ -19,6 +19,7 @@ from steelyard.release.card import BEGIN, END, is_ours, model_index
 from steelyard.release.eval_results import EVAL_RESULTS, eval_results
 from steelyard.release.evidence import Evidence, some
 from steelyard.release.front_matter import split_card
+from steelyard.release.layout import REPORT_HTML, REPORT_MARKDOWN
 from steelyard.release.lineage import CARD, read_card
 from steelyard.release.results import results
 from steelyard.safety.criteria import CriterionResult
@@ -28,7 +29,6 @@ from steelyard.safety.policy import Policy
 from steelyard.safety.report import Report
 
 _RESULTS_LIMIT = 1_000_000  # bytes of .eval_results
-_CELL = re.compile(r"\s*\|\s*")
 _CELLS = 7  # of a row of five, with what stands before and after it
 
 
@@ -76,14 +76,27 @@ def _card(
     block = card.body[card.body.find(BEGIN) : card.body.find(END)]
     if any(name not in block for name in (report.subject_digest, report.subject.weights, report.journal_root)):
         yield "the part that Steelyard wrote is on another subject"
-    rows = [line.strip() for line in block.splitlines() if len(_CELL.split(line.strip())) == _CELLS]
+    rows = [line.strip() for line in block.splitlines() if line.count("|") == _CELLS - 1]
     wrong = []
     for criterion in criteria:
         expected = criterion_row(criterion)
-        if [row for row in rows if _CELL.split(row)[1] == _CELL.split(expected)[1]] != [expected]:
+        if [row for row in rows if _name_of(row) == _name_of(expected)] != [expected]:
             wrong.append(criterion.name)
     if wrong:
         yield f"the part that Steelyard wrote does not hold what the journal gives for {some(wrong)}"
+
+
+def _name_of(row: str) -> str:
+    return row.split("|")[1].strip()
+
+
+def other_pages(report: Report, hashes: Mapping[str, str]) -> list[str]:
+    """Which of the report's pages are not, to the byte, those that this version makes of the recomputed `report`."""
+    from steelyard.safety.html import render_html
+    from steelyard.safety.markdown import render_markdown
+
+    ours = {REPORT_HTML: render_html(report), REPORT_MARKDOWN: render_markdown(report)}
+    return [name for name, text in ours.items() if name in hashes and hashes[name] != sha256_hex(text.encode())]
 
 
 def _numbers(result: Any) -> Any:

@@ -222,7 +222,8 @@ class _Checks:
             pinned = trust is None or keyid in {key.keyid for key in trust.witnesses}
             time = _signed(statement, message, trust.witnesses if trust is not None and pinned else None, where)
             if not pinned:
-                strangers.append(f"{where}: signed by key {keyid[:80]}, which is none of the witnesses you pin")
+                text = f"signed by key {keyid[:80]}, which is none of the witnesses you pin"
+                strangers.append(f"{where}: {text}: if you trust it, name it under witnesses in your trust file")
             else:
                 yield from self._standing(keyid, time, where)
                 yield from self._in_order(time, commitment, where)
@@ -231,7 +232,8 @@ class _Checks:
             authorities = None if trust is None else trust.timestamp_authorities
             time = _stamped(timestamp, message, authorities or None, where)
             if authorities is not None and not authorities:
-                strangers.append(f"{where}: you pin no time-stamping authority")
+                text = "you pin no time-stamping authority: name its root under timestamp_authorities"
+                strangers.append(f"{where}: {text} in your trust file")
             else:
                 yield from self._in_order(time, commitment, where)
         # Where another one counts, a stranger's says nothing; a policy that asks for one is not met by strangers alone.

@@ -29,6 +29,8 @@ JOURNAL = f"{HOME}/journal.jsonl"
 BATTERY = f"{HOME}/battery.json"
 POLICY = f"{HOME}/policy.json"
 REPORT = f"{HOME}/report.json"
+REPORT_HTML = f"{HOME}/report.html"
+REPORT_MARKDOWN = f"{HOME}/report.md"
 PREDECESSOR = f"{HOME}/predecessor.jsonl"  # only where there was one
 OVERLAP = f"{HOME}/overlap.json"  # likewise
 COMMITMENT = f"{HOME}/commitment.json"  # likewise
@@ -53,7 +55,7 @@ HUB_FILE_LIMIT = 100_000  # bytes
 UNSIGNED = (*SIGNING, HUB_FILE)  # what the model signature leaves out
 
 FOLDERS = (HOME, RESULTS_HOME)  # and no other
-EVIDENCE = (JOURNAL, BATTERY, POLICY, REPORT, f"{HOME}/report.html", f"{HOME}/report.md")
+EVIDENCE = (JOURNAL, BATTERY, POLICY, REPORT, REPORT_HTML, REPORT_MARKDOWN)
 DOCUMENTS = (EVAL_RESULTS, ML_BOM)
 REQUIRED = (*EVIDENCE, *DOCUMENTS, CARD, "config.json")  # of the manifest
 OPTIONAL_EVIDENCE = (PREDECESSOR, OVERLAP, COMMITMENT)

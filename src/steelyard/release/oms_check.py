@@ -20,7 +20,7 @@ from securesystemslib.signer import Key, Signature  # type: ignore[attr-defined]
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import open_regular, read_bounded
 from steelyard.base.progress import Progress, Silent
-from steelyard.release.attest import PAYLOAD_TYPE, SignatureError
+from steelyard.release.attest import FOREIGN, OWN, PAYLOAD_TYPE, SignatureError
 from steelyard.release.oms_format import (
     MAX_FILES,
     SIGNATURE_LIMIT,
@@ -33,6 +33,8 @@ from steelyard.safety.journal import Finding
 if TYPE_CHECKING:
     from steelyard.release.certificates import Authority
     from steelyard.release.keyless import SigstoreIdentity
+
+_UNHASHED = 16_000_000  # bytes of a file that the manifest's check left unhashed
 
 
 # -- checking --------------------------------------------------------------------------------------------------------
@@ -110,7 +112,8 @@ def _check_files(
     present, findings = plain_files(folder)
     for name in unsigned & present.keys():
         del present[name]
-    found = hashed(folder, present, hashes, progress)
+    # What the manifest's check did not hash is small (what signs), or has another size than the manifest says.
+    found = hashed(folder, present, hashes, progress, limit=_UNHASHED if hashes else None)
     missing = {name: sha for name, sha in proven.files.items() if name not in found}
     for name, sha in sorted(found.items()):
         if name in proven.files:
@@ -164,12 +167,12 @@ def _authentic(
                 raise SignatureError(f"{where}: signed by key {key.keyid}, but its hint names another")
             return replace(parsed.signature, key=key.keyid, keyid=key.keyid)
     if not keys:
-        raise SignatureError(f"{where}: signed by a key; give a public key of your own to check it")
+        raise SignatureError(f"{where}: signed by a key; give a public key of your own to check it {OWN}")
     known = next((key for key in keys if parsed.hint is not None and parsed.hint == _hint(key)), None)
     if known is not None:
         text = f"the signature of key {known.keyid} does not fit the statement: one of them was changed"
         raise SignatureError(f"{where}: {text}")
-    raise SignatureError(f"{where}: signed by a key (hint {str(parsed.hint)[:80]}) that is none of yours")
+    raise SignatureError(f"{where}: signed by a key (hint {str(parsed.hint)[:80]}) that is none of yours: {FOREIGN}")
 
 
 # -- the files of a folder -------------------------------------------------------------------------------------------
@@ -199,9 +202,13 @@ def plain_files(folder: Path) -> tuple[dict[str, int], list[Finding]]:
     return present, findings
 
 
-def hashed(folder: Path, sizes: Mapping[str, int], hashes: Mapping[str, str], progress: Progress) -> dict[str, str]:
-    """SHA-256 of every file of `sizes`; those in `hashes` are not read."""
+def hashed(
+    folder: Path, sizes: Mapping[str, int], hashes: Mapping[str, str], progress: Progress, limit: int | None = None
+) -> dict[str, str]:
+    """SHA-256 of every file of `sizes`; those in `hashes` are not read, and none of over `limit` bytes is: it has the
+    empty text in the place of a digest."""
     found = {name: hashes[name] for name in sizes if name in hashes}
+    found |= {name: "" for name, size in sizes.items() if limit is not None and size > limit and name not in found}
     total = sum(size for name, size in sizes.items() if name not in found) / 1e6
     with (progress if total >= 1 else Silent()).task("hash the files", total, "MB") as task:
         for name, size in sizes.items():

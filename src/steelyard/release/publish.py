@@ -191,7 +191,8 @@ def verified_release(bundle: Path, check: Check) -> Release:
         reasons = [finding.message for finding in result.findings] or ["it holds no results of a test"]
         more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
         text = "; ".join(reasons[:_SHOWN]) + more
-        raise SteelyardError(f"{bundle}: does not verify, so nothing is published: {text}")
+        remedy = f"see all of it with steelyard verify {bundle}, the same options"
+        raise SteelyardError(f"{bundle}: does not verify, so nothing is published: {text}: {remedy}")
     manifest = read_manifest(bundle)
     held = {name: ReleaseFile(name, len(data), sha256_hex(data), bundle / name, data) for name, data in before.items()}
     if _held(bundle) != before or result.manifest != held[MANIFEST].sha256:

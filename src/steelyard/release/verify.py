@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from steelyard import __version__
 from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.headers import quote
@@ -41,7 +42,7 @@ from steelyard.release.checks_statements import (
     check_test_result,
     read_statements,
 )
-from steelyard.release.claims import check_claims
+from steelyard.release.claims import check_claims, other_pages
 from steelyard.release.commitment import check_commitment
 from steelyard.release.evidence import Evidence, read_evidence
 from steelyard.release.grant_copy import STATEMENT as COPY_STATEMENT
@@ -258,7 +259,8 @@ def _examine_contents(
         work.findings += found
         work.criteria += criteria
         if report is not None:
-            work.findings += check_claims(work.folder, evidence, policy, criteria, report)
+            work.findings += check_claims(work.folder, evidence, policy, criteria, report, files.hashes)
+            _check_pages(work, other_pages(report, files.hashes))
         failed = [result for result in criteria if result.status in ("FAIL", "INCONCLUSIVE")]
         work.findings += [Finding("criterion", f"{JOURNAL}: {result.reason}: {result.status}") for result in failed]
         pins = None if work.stage == "attested" else work.trust
@@ -291,6 +293,21 @@ def _examine_contents(
             )
     work.findings += check_shipped(work.folder, evidence)
     work.seen += see_contents(evidence, subject, policy, work.now)
+
+
+def _check_pages(work: _Work, others: Sequence[str]) -> None:
+    """Pages that this version would not have made of the journal. Whoever approves or seals vouches for what they say,
+    so they must be ours; a released bundle may be of another version, and has to verify for ever."""
+    for name in others:
+        if work.sealed:
+            work.seen.append(
+                (name, f"NOT CHECKED: not the page that this version ({__version__}) makes of the journal")
+            )
+        else:
+            text = (
+                f"is not the page that this version ({__version__}) makes of the journal: attest it with this version"
+            )
+            work.findings.append(Finding("claims", f"{name}: {text}"))
 
 
 def _replay(work: _Work, evidence: Evidence, entries: int, progress: Progress) -> None:

@@ -109,7 +109,7 @@ def _compare(signed: SignedList, record: Record, now: datetime, path: Path) -> l
         return [Finding("list-clock", f"{text}: set the clock right")]
     if content.sequence < record.sequence:
         text = f"{where}: is number {content.sequence}, you have seen number {record.sequence}: it was rolled back"
-        return [Finding("list-rollback", text)]
+        return [Finding("list-rollback", f"{text}: fetch the newest (--list)")]
     if content.sequence == record.sequence and signed.digest != record.digest:
         text = f"{where}: is another number {content.sequence} than the one that you have seen: the list was forked"
         return [Finding("list-fork", text)]

@@ -51,7 +51,7 @@ from steelyard.safety.battery import Battery, ProbeSet
 from steelyard.safety.statistics import clopper_pearson
 from steelyard.scorers.base import ScorerIdentity
 
-MAX_LINES = 20_000_000
+MAX_LINES = 4_000_000  # at .7 kB of memory each; 100,000 generations are 122,000 lines
 MAX_FIRST_LINE = 16 * 2**20  # the plan names every probe: 70 kB for the largest battery
 MAX_LINE = 4 * 2**20
 MAX_DEPTH = 32
@@ -440,6 +440,12 @@ def _sets_by_probe(battery: Battery) -> dict[str, ProbeSet]:
     return {probe.id: probe_set for probe_set in battery.sets for probe in probe_set.probes}
 
 
+_FEW_LINES, _UNDONE = (
+    200_000,
+    10,
+)  # a plan of more lines, and of so many times those that are there, is not gone through
+
+
 def expected_keys(plan: Plan, battery: Battery) -> Iterator[Key]:
     """The keys of all lines after the plan, in order, of a run that is whole."""
     axes = {probe.id: probe.axis for probe in battery.probes()}
@@ -509,7 +515,17 @@ def _check_plan(plan: Plan, battery: Battery) -> Iterator[Finding]:
         yield Finding("plan", f"batch {_some(large)} of the plan is larger than {battery.batch_size}")
 
 
+def _planned_lines(plan: Plan) -> int:
+    """At least as many as `expected_keys` gives, without making them: a hostile plan may ask for billions."""
+    each = sum(len(canaries) for canaries in plan.canaries.values())
+    return 1 + sum(2 + each + len(samples) * (1 + len(plan.canaries)) for samples in plan.batches)
+
+
 def _check_lines(journal: Journal, battery: Battery) -> Iterator[Finding]:
+    planned = _planned_lines(journal.plan)
+    if planned > max(_FEW_LINES, _UNDONE * len(journal.entries)):
+        yield Finding("unfinished", f"the plan asks for some {planned:,} lines, here are {len(journal.entries):,}")
+        return
     actual = [key_of(entry) for entry in journal.entries]
     expected = list(expected_keys(journal.plan, battery))
     last = journal.entries[-1] if journal.entries else None
