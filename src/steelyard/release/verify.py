@@ -298,16 +298,12 @@ def _examine_contents(
 def _check_pages(work: _Work, others: Sequence[str]) -> None:
     """Pages that this version would not have made of the journal. Whoever approves or seals vouches for what they say,
     so they must be ours; a released bundle may be of another version, and has to verify for ever."""
+    text = f"not the page that this version ({__version__}) makes of the journal"
     for name in others:
         if work.sealed:
-            work.seen.append(
-                (name, f"NOT CHECKED: not the page that this version ({__version__}) makes of the journal")
-            )
+            work.seen.append((name, f"NOT CHECKED: {text}"))
         else:
-            text = (
-                f"is not the page that this version ({__version__}) makes of the journal: attest it with this version"
-            )
-            work.findings.append(Finding("claims", f"{name}: {text}"))
+            work.findings.append(Finding("claims", f"{name}: is {text}: attest it with this version"))
 
 
 def _replay(work: _Work, evidence: Evidence, entries: int, progress: Progress) -> None:

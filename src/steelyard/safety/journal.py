@@ -443,7 +443,7 @@ def _sets_by_probe(battery: Battery) -> dict[str, ProbeSet]:
 _FEW_LINES, _UNDONE = (
     200_000,
     10,
-)  # a plan of more lines, and of so many times those that are there, is not gone through
+)  # a plan of more lines, and of so many times those that are there, is not followed
 
 
 def expected_keys(plan: Plan, battery: Battery) -> Iterator[Key]:
