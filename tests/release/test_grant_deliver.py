@@ -527,6 +527,20 @@ def test_what_is_granted_is_not_published_unmarked(desk: Desk, tmp_path: Path) -
     assert not (tmp_path / "site").exists()
 
 
+def test_one_recipients_copy_is_not_published(desk: Desk, tmp_path: Path) -> None:
+    """Were it tested and released like the public's: a leak would name who got it. The public's own may go out."""
+    from steelyard.release.publish import Release, _refuse_granted
+
+    with desk.chain.ledger() as ledger:
+        for public in (True, False):
+            grant = f"g-{int(public):016x}"
+            ledger.append("grant.issued", {"grant": grant, "weights": "3" * 64, "public": public})
+            ledger.append("grant.marked", {"grant": grant, "marked": str(int(public)) * 64})
+        _refuse_granted(Release("tiny", "2" * 64, "1" * 64, (), ()), ledger)
+        with pytest.raises(SteelyardError, match="carry the mark of grant g-0000000000000000"):
+            _refuse_granted(Release("tiny", "2" * 64, "0" * 64, (), ()), ledger)
+
+
 def test_no_licence_anywhere(desk: Desk) -> None:
     from steelyard.release.grant_copy import licence_of
 

@@ -114,11 +114,26 @@ def test_who_was_never_given_a_copy_is_not_named(
 
 def test_wrong_keys_and_releases(leaked: tuple[Desk, list[str], list[Path]], granting: Desk, tmp_path: Path) -> None:
     desk, _, copies = leaked
-    other = MarkKey(bytes(32), desk.mark.fingerprint)
     with pytest.raises(SteelyardError, match="not the one that its code was committed with"):
-        named(desk, copies[0], mark=other)
+        named(desk, copies[0], mark=MarkKey(desk.mark.secret, "0" * 64))
+    # Another secret under the right fingerprint reads nothing.
+    assert named(desk, copies[0], mark=MarkKey(bytes(32), desk.mark.fingerprint)).named == ()
     with pytest.raises(SteelyardError, match="nothing was ever granted"):
         named(granting, copies[0])
+
+
+def test_a_code_that_was_not_committed(
+    leaked: tuple[Desk, list[str], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key made up so that somebody is accused."""
+    desk, grants, copies = leaked
+
+    def detect(*_: Any) -> Detection:
+        return Detection(np.array([9.0, 0.0]), np.array([-99.0, 0.0]), (grants[0],))
+
+    monkeypatch.setattr(grant_name.watermark, "detect", detect)
+    with pytest.raises(SteelyardError, match="not the one that was committed"):
+        named(desk, copies[0], mark=MarkKey(bytes(32), desk.mark.fingerprint))
 
 
 @pytest.mark.parametrize("kind", ["nothing", "pickle", "empty", "lying", "nan", "other sizes"])

@@ -134,7 +134,9 @@ def name_grant(
     grants = {grant.id: grant for grant in book.grants(now) if grant.wanted.weights == subject.weights}
     if not grants:
         raise SteelyardError(f"{bundle}: nothing was ever granted of these weights ({subject.weights})")
-    _check_codes(grants, mark)
+    for grant in grants.values():
+        if grant.mark != mark.fingerprint:
+            raise SteelyardError(f"grant {grant.id}: the mark key is not the one that its code was committed with")
     ours, theirs = hugging_face(open_tensors(bundle)), hugging_face(open_tensors(suspect))
     sizes = ours.sizes
     aligned = alignment.align(_all(ours, progress), held := _all(theirs, progress), sizes.heads, sizes.kv_heads)
@@ -145,7 +147,7 @@ def name_grant(
     named = [
         NamedGrant(grants[grant], p[grant], seen)
         for grant in detected.accused
-        if p[grant] <= limit and (seen := _seen_before(book, grant)) is not None
+        if p[grant] <= limit and (seen := _seen_before(book, grants[grant], mark)) is not None
     ]
     files = sorted({entry.file for entry in theirs.entries.values()})
     evidence = Evidence(
@@ -176,17 +178,13 @@ def _in_words(found: alignment.Found) -> str:
     return ", ".join(f"{name} {value}" for name, value in said.items()) or "nothing"
 
 
-def _check_codes(grants: dict[str, Grant], mark: MarkKey) -> None:
-    for grant in grants.values():
-        if grant.mark != mark.fingerprint or tardos.commitment(mark.secret, grant.id) != grant.code:
-            raise SteelyardError(f"grant {grant.id}: the mark key is not the one that its code was committed with")
-
-
-def _seen_before(book: Book, grant: str) -> str | None:
+def _seen_before(book: Book, grant: Grant, mark: MarkKey) -> str | None:
     """SHA-256 of the countersignature that came before the first copy; None where there is no copy or no such thing:
-    then nobody is named, for the code could have been made up afterwards."""
-    marked = min((event.seq for event in book.events("marked", grant=grant)), default=None)
-    seen = book.events("countersigned", grant=grant)
+    then nobody is named, for the code could have been made up afterwards. Raises SteelyardError for another code."""
+    if tardos.commitment(mark.secret, grant.id) != grant.code:
+        raise SteelyardError(f"grant {grant.id}: its code is not the one that was committed: nobody is named")
+    marked = min((event.seq for event in book.events("marked", grant=grant.id)), default=None)
+    seen = book.events("countersigned", grant=grant.id)
     if marked is None or not seen or seen[0].seq > marked:
         return None
     return str(seen[0].payload["countersignature"])

@@ -177,10 +177,16 @@ def _refuse_withdrawn(release: Release, ledger: Ledger) -> None:
 
 
 def _refuse_granted(release: Release, ledger: Ledger) -> None:
-    """What is granted copy by copy never goes out without a mark: all those marks would prove nothing any more."""
+    """What is granted copy by copy goes out neither without a mark, for all those marks would prove nothing any more,
+    nor with the mark of one recipient."""
     for event in ledger.events("grant.issued", weights=release.weights):
         text = f"grant {event.payload.get('grant')} is for these weights, so they are not published unmarked"
         raise SteelyardError(f"{release.name}: {text}: publish the marked public copy (docs/grants.md)")
+    for event in ledger.events("grant.marked", marked=release.weights):
+        grant = event.payload.get("grant")
+        if not ledger.events("grant.issued", grant=grant, public=True):
+            text = f"these weights carry the mark of grant {grant}, whom a leak of them would name"
+            raise SteelyardError(f"{release.name}: {text}: publish the marked public copy (docs/grants.md)")
 
 
 def verified_release(bundle: Path, check: Check) -> Release:
