@@ -18,6 +18,7 @@ from hostile import put, safetensors_bytes
 from steelyard.ledger.ledger import Ledger
 from steelyard.trace.digests import cast
 from steelyard.trace.registry import Reference, Registry, register
+from steelyard.trace.tensors import decode
 
 Weights = dict[str, np.ndarray[Any, Any]]
 SMALL: dict[str, Any] = CONFIG | {"num_hidden_layers": 4, "vocab_size": 300}
@@ -117,3 +118,11 @@ def meta_names(tensors: Weights) -> Weights:
             name = name.replace(old, new)
         found[name] = values
     return found
+
+
+def rounded(tensors: Weights) -> Weights:
+    """The values as bfloat16 holds them."""
+    return {
+        name: decode(cast(np.ascontiguousarray(one), "BF16"), "BF16").reshape(one.shape)
+        for name, one in tensors.items()
+    }

@@ -103,13 +103,20 @@ def test_the_share_of_a_release_is_found_in_merges(share: float) -> None:
 
 def test_another_fine_tune_of_the_base_is_not_made_from_the_release() -> None:
     base, release, sibling = _family()
-    likeness = 0.3  # its change has this much in common with ours
-    alike = [b + likeness * (r - b) + (s - b) for b, r, s in zip(base, release, sibling, strict=True)]
+    likeness = np.random.default_rng(0).uniform(0, 0.6, len(base))  # what its change has in common with ours
+    alike = [b + c * (r - b) + (s - b) for b, r, s, c in zip(base, release, sibling, likeness, strict=True)]
     (found,) = shares(alike, base, {"release": release}).values()
     assert found.log10_p < -6  # significant, and yet
     assert not found.derived
     (found,) = shares(sibling, base, {"release": release}).values()
     assert not found.derived
+
+
+def test_a_long_fine_tune_of_the_release_is_made_from_it() -> None:
+    base, release, _ = _family()
+    tuned = [one + 0.05 * _rows(700 + at) for at, one in enumerate(release)]  # five times the release's own change
+    (found,) = shares(tuned, base, {"release": release}).values()
+    assert found.derived
 
 
 def test_two_releases_are_told_apart() -> None:

@@ -21,17 +21,19 @@ Float64 = np.ndarray[Any, np.dtype[np.float64]]
 
 LEAST_SHARE = 0.05
 LEVEL = -6.0  # log10 of the largest p-value of a share that counts
-LIKENESS = 0.5  # the part of S's own change that another fine-tune's change may have along ours: see `Share.derived`
+LIKENESS = 0.5
+SPREAD = 0.25
 
 
 @dataclass(frozen=True)
 class Share:
     """A parent's share. `value` by least squares with `error` (one standard error, robust to correlation inside a
-    tensor), `parent` by non-negative least squares over the parents; `own` is |R - B| and `rest` what nothing
-    explains, less the noise of the suspect's type, both relative to |B|."""
+    block), `spread` from block to block, `parent` by non-negative least squares over the parents; `own` is |R - B| and
+    `rest` what nothing explains, less the noise of the suspect's type, both relative to |B|."""
 
     value: float
     error: float
+    spread: float
     parent: float
     log10_p: float
     own: float
@@ -41,13 +43,14 @@ class Share:
     def derived(self) -> bool:
         """Whether the share shows that the suspect was made from this release and not only from the same base.
 
-        It must be at least 5%, with p <= 1e-6, and a_R |R - B| at least half of what is left unexplained: two
-        fine-tunes of one base on like data have changes with cosines up to about 0.4 (measured by the lineage
-        benchmark), and a long one of them would show a large share by that alone.
+        Two fine-tunes of one base have something in common too, and over so many values any of it is significant. What
+        was made from R holds the same share of R - B in every tensor; what is only like R, more in some and less in
+        others. So the share must be at least 5%, with p <= 1e-6, and either vary by less than a quarter of itself from
+        block to block, or explain at least half as much as is left unexplained.
         """
         if self.value < LEAST_SHARE or self.log10_p > LEVEL:
             return False
-        return self.value * self.own >= LIKENESS * self.rest
+        return self.spread <= SPREAD * self.value or self.value * self.own >= LIKENESS * self.rest
 
 
 def shares(
@@ -96,7 +99,10 @@ def shares(
         error = max(float(errors[at]), 1e-12)
         log10_p = _log10_above(float(found[at]) / error, max(1, blocks - 1))
         own = float(np.sqrt(gram[at, at] / blocks))
-        result[name] = Share(float(found[at]), error, float(parents[at]), log10_p, own, rest)
+        weights = np.array([float(design[:, at] @ design[:, at]) for design in designs])
+        moved = np.divide(scores[:, at], weights, out=np.zeros(blocks), where=weights > 0)
+        spread = float(np.sqrt((weights * moved**2).sum() / weights.sum()))
+        result[name] = Share(float(found[at]), error, spread, float(parents[at]), log10_p, own, rest)
     return result
 
 

@@ -256,7 +256,7 @@ class _Found:
     def _row_changes(self, suspect: Suspect, matrices: Sequence[Pair]) -> list[str]:
         found = []
         zeros = np.mean([(pair.suspect == 0).mean() - (pair.ours == 0).mean() for pair in matrices])
-        if zeros > 0.05:
+        if zeros > 0.05 and not suspect.quantised:  # whose grid has a zero
             found.append("pruned")
         noise = _noise(suspect)
         changed = [pair for pair in matrices if pair.distance > 2 * noise]

@@ -1,0 +1,86 @@
+"""`steelyard trace`: exit codes, the table, JSON, and what the ledger says afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from suspects_made import noised, put, rounded, weights, write
+
+from steelyard.cli.main import main
+from steelyard.ledger.ledger import Ledger
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def _run(*arguments: object) -> Done:
+    """The console script, in this process."""
+    out, error = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(error),
+        pytest.raises(SystemExit) as left,
+    ):
+        patch.setattr("sys.argv", ["steelyard", "trace", *map(str, arguments)])
+        main()
+    return Done(int(left.value.code or 0), out.getvalue(), error.getvalue())
+
+
+def test_register_then_trace(tmp_path: Path) -> None:
+    ours, workspace = rounded(weights()), ("--workspace", tmp_path / "workspace")
+    folder = write(tmp_path / "ours", ours)
+    nothing = _run(folder, *workspace)
+    assert (nothing.returncode, "no ledger here" in nothing.stderr) == (2, True)
+    done = _run("register", folder, "--name", "ours", *workspace)
+    assert done.returncode == 0, done.stderr
+    assert "subject " in done.stdout
+
+    tuned = write(tmp_path / "tuned.safetensors", noised(ours, 0.02))
+    done = _run(tuned, *workspace)
+    assert done.returncode == 0, done.stderr
+    assert "derived (fine-tuned) of ours" in done.stdout
+    done = _run("--json", *workspace, folder)  # options may stand first
+    (answer,) = json.loads(done.stdout)
+    assert (done.returncode, answer["verdict"], answer["nearest"]["name"]) == (0, "exact copy", "ours")
+
+    other = _run(write(tmp_path / "other.safetensors", weights(3)), *workspace)
+    assert (other.returncode, "unrelated" in other.stdout) == (0, True)
+    broken = _run(put(tmp_path / "broken.pt", b"\x80\x04."), *workspace)
+    assert (broken.returncode, "pickle outside a zip" in broken.stderr) == (1, True)
+    assert _run(tmp_path / "absent", *workspace).returncode == 2
+    assert _run("register", folder, "--name", "x", "--kind", "nonsense", *workspace).returncode == 2
+
+    with Ledger(tmp_path / "workspace" / "ledger.sqlite", read_only=True) as ledger:
+        sighted = [event.payload for event in ledger.events("trace.sighted")]
+        assert ledger.verify() == 3
+    assert [(one["suspect"], one["verdict"], one["reference"]["name"]) for one in sighted] == [
+        (str(tuned), "derived", "ours"),
+        (str(folder), "exact copy", "ours"),
+    ]
+    assert answer["sighting"] is not None
+    (other_answer,) = json.loads(_run(tmp_path / "other.safetensors", "--json", *workspace).stdout)
+    assert other_answer["sighting"] is None
+
+
+def test_a_tree_in_which_one_file_is_broken_is_answered(tmp_path: Path) -> None:
+    workspace = ("--workspace", tmp_path / "workspace")
+    _run("register", write(tmp_path / "ours", weights()), "--name", "ours", *workspace)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    put(tree / "broken.safetensors", b"\xff" * 32)
+    alone = _run(tree, *workspace)
+    assert alone.returncode == 1
+    write(tree / "copy.safetensors", weights())
+    done = _run(tree, *workspace, "--json")
+    assert done.returncode == 0
+    assert [one["verdict"] for one in json.loads(done.stdout)] == ["unreadable", "exact copy"]
