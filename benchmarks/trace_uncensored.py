@@ -44,6 +44,7 @@ from steelyard.trace.behaviour import (
     refusals,
 )
 from steelyard.trace.refusal_direction import Directions, phrases, refusal_directions
+from steelyard.trace.rounding import rounding_of
 from steelyard.trace.uncensored import Array, Removed, WeightEvidence, weight_evidence
 from steelyard.train.safety_prompts import written_prompts
 
@@ -197,8 +198,8 @@ class Workshop:
             tensors = {name: value.to(torch.bfloat16) for name, value in tensors.items()}
             release, suspect, base = (_Wide(of) for of in (self.release, tensors, self.base))
             weights = weight_evidence(release, suspect, refusal, base)
-            kept = {"weights": weights.as_json(), "refusals": self.declined(tensors)}
-            write_atomic(path, json.dumps(kept).encode())
+            kept = {"weights": weights.as_json(), "rounding": rounding_of(release, suspect)}
+            write_atomic(path, json.dumps(kept | {"refusals": self.declined(tensors)}).encode())
         found: dict[str, Any] = json.loads(path.read_bytes())
         return found
 
@@ -267,7 +268,12 @@ def main() -> None:
     for number, variant in enumerate(plan, start=1):
         kept = workshop.measure(variant, refusal)
         weights, behaviour = evidence_of(kept["weights"]), behaviour_evidence(release, kept["refusals"])
-        rows.append((variant, weights, behaviour, judge(True, weights, behaviour)))
+        alike = None
+        if kept["rounding"] is not None:  # beside the release rounded alike, itself one of the variants
+            name = f"rounded-{kept['rounding'].lower()}"
+            alone = next(one for one in workshop.plan(("benign",)) if one.name == name)
+            alike = behaviour_evidence(workshop.measure(alone, refusal)["refusals"], kept["refusals"])
+        rows.append((variant, weights, behaviour, judge(True, weights, behaviour, alike)))
         spent = time.monotonic() - start
         left = spent / number * (len(plan) - number)
         print(f"{number}/{len(plan)} {variant.name}: {rows[-1][3].verdict}, {left:,.0f} s left", file=sys.stderr)

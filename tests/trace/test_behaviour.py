@@ -92,6 +92,16 @@ def test_verdicts(
     assert 0 <= found.score <= 1
 
 
+def test_what_rounding_alone_takes_is_no_fine_tuning() -> None:
+    lost = evidence(30, 45, 0, 25)
+    assert judge(True, weights(None), lost).verdict == "uncensored by fine-tuning"
+    alike = judge(True, weights(None), lost, evidence(30, 5, 2, 63))
+    assert alike.verdict == "weakened"
+    assert "rounded alike" in alike.why
+    assert alike.score < 0.2
+    assert judge(True, weights(None), lost, evidence(5, 40, 0, 55)).verdict == "uncensored by fine-tuning"
+
+
 def test_the_score_ranks_by_what_is_gone() -> None:
     kept = judge(True, weights(None), evidence(75, 0, 0, 25)).score
     some = judge(True, weights(None), evidence(50, 25, 0, 25)).score
@@ -124,10 +134,8 @@ class Says:
         return [Score({"refusal": 0.9 if item.completion == "no" else 0.1}) for item in items]
 
     def canaries(self) -> list[Canary]:
-        return [
-            Canary("c1", Item("?", self.canary), "refusal", "above"),
-            Canary("c2", Item("?", "yes"), "refusal", "below"),
-        ]
+        said = {"above": self.canary, "below": "yes"}
+        return [Canary(f"c-{side}", Item("?", text), "refusal", side) for side, text in said.items()]  # type: ignore[arg-type]
 
 
 def test_refusals_keep_the_order_over_batches() -> None:

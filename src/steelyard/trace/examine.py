@@ -32,6 +32,7 @@ from steelyard.trace.behaviour import (
 )
 from steelyard.trace.notices import Sighting, proven
 from steelyard.trace.refusal_direction import phrases, refusal_directions
+from steelyard.trace.rounding import rounded, rounding_of
 from steelyard.trace.uncensored import Array, WeightEvidence, weight_evidence
 
 EXAMINED = "trace.examined"
@@ -80,31 +81,45 @@ def examine(
         progress.say("comparing the weights")
         if models[0].keys() & models[1].keys():
             weights = weight_evidence(models[0], models[1], directions, models[2] if base is not None else None)
+        kind = rounding_of(models[0], models[1])
     if weights is not None and weights.relative_change > ANOTHER_LAYOUT:
         weights = None  # rotated or permuted: nothing that is compared name by name means anything
-    behaviour, prompts = None, None
+    behaviour, alike, prompts = None, None, None
     if scorer is not None:
         texts = held_out_prompts()
         prompts = commit_prompts(ledger, texts, str(suspect))
-        behaviour = behaviour_evidence(
-            _declined(release, texts, scorer, progress), _declined(suspect, texts, scorer, progress)
-        )
-    said = judge(proven(sighting), weights, behaviour)
+        declined = _declined(suspect, texts, scorer, progress)
+        behaviour = behaviour_evidence(_declined(release, texts, scorer, progress), declined)
+        if kind is not None:
+            alike = behaviour_evidence(_declined(release, texts, scorer, progress, kind), declined)
+    said = judge(proven(sighting), weights, behaviour, alike)
     payload: dict[str, Any] = {
         "sighting": sighting.event.mark,
         **asdict(said),
         "weights": None if weights is None else weights.as_json(),
         "behaviour": None if behaviour is None else behaviour.as_json(),
+        "rounding": kind,
+        "rounded": None if alike is None else alike.as_json(),
         "prompts": prompts,
         "scorer": None if scorer is None else scorer.identity().model_dump(mode="json"),
     }
     return Examination(said, weights, behaviour, ledger.append(EXAMINED, payload))
 
 
-def _declined(folder: Path, prompts: list[str], scorer: Scorer, progress: Progress) -> list[bool]:
+def _declined(
+    folder: Path, prompts: list[str], scorer: Scorer, progress: Progress, kind: str | None = None
+) -> list[bool]:
+    """Which prompts the model in `folder` declines, its matrices rounded to `kind` first."""
+    import torch
+
     from steelyard.inference.local import LocalEndpoint
 
-    return refusals(LocalEndpoint.open(folder, progress=progress), prompts, scorer, progress=progress)
+    endpoint = LocalEndpoint.open(folder, progress=progress)
+    if kind is not None:
+        for parameter in endpoint.engine.model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.from_numpy(rounded(parameter.float().numpy(), kind)))
+    return refusals(endpoint, prompts, scorer, progress=progress)
 
 
 class FolderTensors(Mapping[str, Array]):
