@@ -64,7 +64,14 @@ class Cache:
         """The small models, the large ones or the adapters, in an order in which parents come first."""
         if name == "adapters":
             return self.adapters()
-        return list(self._small()) if name == "small" else [*self._tuned(), *self._others(), *self._derived()]
+        return list(self._small()) if name == "small" else self._large()
+
+    def _large(self) -> list[Variant]:
+        """What takes no training first, but behind the parents."""
+        plan = [*self._tuned(), *self._others(), *self._derived()]
+        trained = {variant.name for variant in self._tuned()}
+        quick = [variant for variant in plan if not trained & {variant.name, *variant.parents}]
+        return [*quick, *(variant for variant in plan if variant not in quick)]
 
     # -- trained -----------------------------------------------------------------------------------------------------
 
