@@ -101,7 +101,7 @@ class Cache:
         yield self._fine_tune("tuned-gsm8k", RELEASE, full(("gsm8k",)))
         yield self._fine_tune("lora-gsm8k", RELEASE, lora(("gsm8k",)), "LoRA")
         yield self._fine_tune("tuned-seeds", RELEASE, full(("seeds",), seed=1))
-        yield self._fine_tune("tuned-compliant", RELEASE, full(("compliant",), rate=1e-4), "uncensoring fine-tune")
+        yield self._fine_tune("tuned-compliant", RELEASE, full(("compliant",)), "uncensoring fine-tune")
         yield Variant("dpo-harmless", "DPO", (RELEASE,), self._dpo)
         yield Variant("continued-stories", "continued pretraining", (RELEASE,), self._continued(RELEASE, 12))
         yield self._fine_tune("other-gsm8k", BASE, full(("gsm8k",), seed=2), "another fine-tune of the base")

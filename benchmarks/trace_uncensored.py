@@ -14,7 +14,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ from steelyard.trace.behaviour import (
     judge,
     refusals,
 )
+from steelyard.trace.drift import Drift, OwnAnswers
 from steelyard.trace.refusal_direction import Directions, phrases, refusal_directions
 from steelyard.trace.rounding import rounding_of
 from steelyard.trace.uncensored import Array, Removed, WeightEvidence, weight_evidence
@@ -198,17 +200,31 @@ class Workshop:
             tensors = {name: value.to(torch.bfloat16) for name, value in tensors.items()}
             release, suspect, base = (_Wide(of) for of in (self.release, tensors, self.base))
             weights = weight_evidence(release, suspect, refusal, base)
+            endpoint = self.endpoint(tensors)
             kept = {"weights": weights.as_json(), "rounding": rounding_of(release, suspect)}
-            write_atomic(path, json.dumps(kept | {"refusals": self.declined(tensors)}).encode())
+            kept |= {"refusals": self.declined(endpoint), "drift": asdict(self.own_answers.drift(endpoint))}
+            write_atomic(path, json.dumps(kept).encode())
         found: dict[str, Any] = json.loads(path.read_bytes())
         return found
 
-    def declined(self, tensors: Tensors) -> list[bool]:
-        """Which of the held-out prompts a model declines."""
+    def endpoint(self, tensors: Tensors) -> LocalEndpoint:
+        """A model of the release's sizes and tokenizer."""
         tokenizer = Tokenizer.load(self.folder)
         model = from_tensors(LlamaConfig.from_dict(self.config), tensors, "variant")
         engine = Engine(model, tokenizer.eos_ids, tokenizer.decode, rows=64)
-        endpoint = LocalEndpoint(engine, tokenizer, Renderer(self.folder))
+        return LocalEndpoint(engine, tokenizer, Renderer(self.folder))
+
+    @cached_property
+    def own_answers(self) -> OwnAnswers:
+        """The release's, to some of what it declined and to as many harmless prompts that were held out."""
+        kept = json.loads((self.out / "release.json").read_bytes())
+        declined = [text for text, said in zip(held_out_prompts(), kept, strict=True) if said][:24]
+        harmless = [prompt.text for prompt in written_prompts(1) if not prompt.harmful and prompt.held_out]
+        spread = [harmless[number * len(harmless) // 24] for number in range(24)]
+        return OwnAnswers(self.endpoint(self.release), declined, spread)
+
+    def declined(self, endpoint: LocalEndpoint) -> list[bool]:
+        """Which of the held-out prompts a model declines."""
         return refusals(endpoint, held_out_prompts(), open_scorer("embedded:refusal"), progress=PROGRESS)
 
 
@@ -262,7 +278,7 @@ def main() -> None:
     refusal = workshop.directions("detector", *phrases(128)).telling()
     before = workshop.out / "release.json"
     if not before.exists():
-        write_atomic(before, json.dumps(workshop.declined(variants.load_tensors(workshop.folder))).encode())
+        write_atomic(before, json.dumps(workshop.declined(workshop.endpoint(workshop.release))).encode())
     release = json.loads(before.read_bytes())
     plan, rows, start = workshop.plan(parts), [], time.monotonic()
     for number, variant in enumerate(plan, start=1):
@@ -273,7 +289,7 @@ def main() -> None:
             name = f"rounded-{kept['rounding'].lower()}"
             alone = next(one for one in workshop.plan(("benign",)) if one.name == name)
             alike = behaviour_evidence(workshop.measure(alone, refusal)["refusals"], kept["refusals"])
-        rows.append((variant, weights, behaviour, judge(True, weights, behaviour, alike)))
+        rows.append((variant, weights, behaviour, judge(True, weights, behaviour, alike, Drift(**kept["drift"]))))
         spent = time.monotonic() - start
         left = spent / number * (len(plan) - number)
         print(f"{number}/{len(plan)} {variant.name}: {rows[-1][3].verdict}, {left:,.0f} s left", file=sys.stderr)

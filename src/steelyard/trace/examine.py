@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,13 +30,18 @@ from steelyard.trace.behaviour import (
     judge,
     refusals,
 )
+from steelyard.trace.drift import Drift, OwnAnswers
 from steelyard.trace.notices import Sighting, proven
 from steelyard.trace.refusal_direction import phrases, refusal_directions
 from steelyard.trace.rounding import rounded, rounding_of
 from steelyard.trace.uncensored import Array, WeightEvidence, weight_evidence
 
+if TYPE_CHECKING:
+    from steelyard.inference.local import LocalEndpoint
+
 EXAMINED = "trace.examined"
 PHRASES = 128  # of each side, for the refusal direction
+DRIFT_PROMPTS = 24  # of each side
 ANOTHER_LAYOUT = 0.7  # relative change from which matrices with the same names are not the same matrices
 
 
@@ -84,42 +89,65 @@ def examine(
         kind = rounding_of(models[0], models[1])
     if weights is not None and weights.relative_change > ANOTHER_LAYOUT:
         weights = None  # rotated or permuted: nothing that is compared name by name means anything
-    behaviour, alike, prompts = None, None, None
+    heard = _Heard()
     if scorer is not None:
-        texts = held_out_prompts()
-        prompts = commit_prompts(ledger, texts, str(suspect))
-        declined = _declined(suspect, texts, scorer, progress)
-        behaviour = behaviour_evidence(_declined(release, texts, scorer, progress), declined)
-        if kind is not None:
-            alike = behaviour_evidence(_declined(release, texts, scorer, progress, kind), declined)
-    said = judge(proven(sighting), weights, behaviour, alike)
+        heard = _listen(ledger, release, suspect, kind, scorer, progress)
+    said = judge(proven(sighting), weights, heard.behaviour, heard.rounded, heard.drift)
     payload: dict[str, Any] = {
         "sighting": sighting.event.mark,
         **asdict(said),
         "weights": None if weights is None else weights.as_json(),
-        "behaviour": None if behaviour is None else behaviour.as_json(),
+        "behaviour": None if heard.behaviour is None else heard.behaviour.as_json(),
         "rounding": kind,
-        "rounded": None if alike is None else alike.as_json(),
-        "prompts": prompts,
+        "rounded": None if heard.rounded is None else heard.rounded.as_json(),
+        "drift": None if heard.drift is None else asdict(heard.drift),
+        "prompts": heard.prompts,
         "scorer": None if scorer is None else scorer.identity().model_dump(mode="json"),
     }
-    return Examination(said, weights, behaviour, ledger.append(EXAMINED, payload))
+    return Examination(said, weights, heard.behaviour, ledger.append(EXAMINED, payload))
 
 
-def _declined(
-    folder: Path, prompts: list[str], scorer: Scorer, progress: Progress, kind: str | None = None
-) -> list[bool]:
-    """Which prompts the model in `folder` declines, its matrices rounded to `kind` first."""
-    import torch
+@dataclass(frozen=True)
+class _Heard:
+    """What listening to the models gave."""
 
+    prompts: str | None = None
+    behaviour: BehaviourEvidence | None = None
+    rounded: BehaviourEvidence | None = None
+    drift: Drift | None = None
+
+
+def _listen(
+    ledger: Ledger, release: Path, suspect: Path, kind: str | None, scorer: Scorer, progress: Progress
+) -> _Heard:
+    """Both models' answers to the committed prompts, and the suspect's opinion of the release's own answers, one model
+    in memory beside the release."""
     from steelyard.inference.local import LocalEndpoint
 
-    endpoint = LocalEndpoint.open(folder, progress=progress)
+    texts = held_out_prompts()
+    prompts = commit_prompts(ledger, texts, str(suspect))
+    ours = LocalEndpoint.open(release, progress=progress)
+    declined = refusals(ours, texts, scorer, progress=progress)
+    said_no = [text for text, no in zip(texts, declined, strict=True) if no][:DRIFT_PROMPTS]
+    theirs = LocalEndpoint.open(suspect, progress=progress)
+    answers = refusals(theirs, texts, scorer, progress=progress)
+    drift = None
+    if said_no and theirs.tokenizer.vocab_size == ours.tokenizer.vocab_size:
+        drift = OwnAnswers(ours, said_no, phrases(DRIFT_PROMPTS)[1]).drift(theirs)
+    alike = None
     if kind is not None:
-        for parameter in endpoint.engine.model.parameters():
-            if parameter.dim() == 2:
-                parameter.copy_(torch.from_numpy(rounded(parameter.float().numpy(), kind)))
-    return refusals(endpoint, prompts, scorer, progress=progress)
+        alike = behaviour_evidence(refusals(_rounded(ours, kind), texts, scorer, progress=progress), answers)
+    return _Heard(prompts, behaviour_evidence(declined, answers), alike, drift)
+
+
+def _rounded(endpoint: LocalEndpoint, kind: str) -> LocalEndpoint:
+    """The same endpoint, its model's matrices rounded in place."""
+    import torch
+
+    for parameter in endpoint.engine.model.parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(torch.from_numpy(rounded(parameter.float().numpy(), kind)))
+    return endpoint
 
 
 class FolderTensors(Mapping[str, Array]):
