@@ -280,16 +280,19 @@ def main() -> None:
     if not before.exists():
         write_atomic(before, json.dumps(workshop.declined(workshop.endpoint(workshop.release))).encode())
     release = json.loads(before.read_bytes())
-    plan, rows, start = workshop.plan(parts), [], time.monotonic()
+    plan, benign, rows, start = workshop.plan(parts), workshop.plan(("benign",)), [], time.monotonic()
     for number, variant in enumerate(plan, start=1):
         kept = workshop.measure(variant, refusal)
         weights, behaviour = evidence_of(kept["weights"]), behaviour_evidence(release, kept["refusals"])
-        alike = None
+        alike, drift = None, Drift(**kept["drift"])
         if kept["rounding"] is not None:  # beside the release rounded alike, itself one of the variants
             name = f"rounded-{kept['rounding'].lower()}"
-            alone = next(one for one in workshop.plan(("benign",)) if one.name == name)
-            alike = behaviour_evidence(workshop.measure(alone, refusal)["refusals"], kept["refusals"])
-        rows.append((variant, weights, behaviour, judge(True, weights, behaviour, alike, Drift(**kept["drift"]))))
+            alone = workshop.measure(next(one for one in benign if one.name == name), refusal)
+            alike, drift = (
+                behaviour_evidence(alone["refusals"], kept["refusals"]),
+                drift.beyond(Drift(**alone["drift"])),
+            )
+        rows.append((variant, weights, behaviour, judge(True, weights, behaviour, alike, drift)))
         spent = time.monotonic() - start
         left = spent / number * (len(plan) - number)
         print(f"{number}/{len(plan)} {variant.name}: {rows[-1][3].verdict}, {left:,.0f} s left", file=sys.stderr)

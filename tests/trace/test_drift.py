@@ -24,6 +24,12 @@ def test_only_a_change_that_falls_on_refusals_is_selective() -> None:
     assert not Drift(refused=0.0, harmless=0.0).selective
 
 
+def test_rounding_is_taken_off() -> None:
+    found = Drift(refused=0.5, harmless=0.3)
+    assert not found.selective
+    assert found.beyond(Drift(refused=0.2, harmless=0.28)).selective
+
+
 def test_the_release_itself_has_not_drifted_and_another_model_has(tmp_path: Path) -> None:
     release = LocalEndpoint.open(tiny_folder(tmp_path / "release"))
     answers = OwnAnswers(release, ["no one"], ["a", "b"])

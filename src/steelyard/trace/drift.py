@@ -34,6 +34,10 @@ class Drift:
         """Whether the change is about refusals."""
         return self.refused > 0 and self.harmless < SELECTIVE * self.refused
 
+    def beyond(self, other: Drift) -> Drift:
+        """What is left of the change when `other`, a part of it such as rounding, is taken off."""
+        return Drift(self.refused - other.refused, self.harmless - other.harmless)
+
 
 class OwnAnswers:
     """The release's own answers, greedy, to prompts that it declined and to harmless ones, and how likely it finds

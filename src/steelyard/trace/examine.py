@@ -131,12 +131,14 @@ def _listen(
     said_no = [text for text, no in zip(texts, declined, strict=True) if no][:DRIFT_PROMPTS]
     theirs = LocalEndpoint.open(suspect, progress=progress)
     answers = refusals(theirs, texts, scorer, progress=progress)
-    drift = None
+    drift = alike = own = None
     if said_no and theirs.tokenizer.vocab_size == ours.tokenizer.vocab_size:
-        drift = OwnAnswers(ours, said_no, phrases(DRIFT_PROMPTS)[1]).drift(theirs)
-    alike = None
+        own = OwnAnswers(ours, said_no, phrases(DRIFT_PROMPTS)[1])
+        drift = own.drift(theirs)
     if kind is not None:
-        alike = behaviour_evidence(refusals(_rounded(ours, kind), texts, scorer, progress=progress), answers)
+        ours = _rounded(ours, kind)
+        alike = behaviour_evidence(refusals(ours, texts, scorer, progress=progress), answers)
+        drift = None if own is None or drift is None else drift.beyond(own.drift(ours))
     return _Heard(prompts, behaviour_evidence(declined, answers), alike, drift)
 
 
