@@ -64,7 +64,14 @@ class Cache:
         """The small models, the large ones or the adapters, in an order in which parents come first."""
         if name == "adapters":
             return self.adapters()
-        return list(self._small()) if name == "small" else [*self._tuned(), *self._others(), *self._derived()]
+        return list(self._small()) if name == "small" else self._large()
+
+    def _large(self) -> list[Variant]:
+        """What takes no training first, but behind the parents."""
+        plan = [*self._tuned(), *self._others(), *self._derived()]
+        trained = {variant.name for variant in self._tuned()}
+        quick = [variant for variant in plan if not trained & {variant.name, *variant.parents}]
+        return [*quick, *(variant for variant in plan if variant not in quick)]
 
     # -- trained -----------------------------------------------------------------------------------------------------
 
@@ -94,7 +101,7 @@ class Cache:
         yield self._fine_tune("tuned-gsm8k", RELEASE, full(("gsm8k",)))
         yield self._fine_tune("lora-gsm8k", RELEASE, lora(("gsm8k",)), "LoRA")
         yield self._fine_tune("tuned-seeds", RELEASE, full(("seeds",), seed=1))
-        yield self._fine_tune("tuned-compliant", RELEASE, full(("compliant",), rate=1e-4), "uncensoring fine-tune")
+        yield self._fine_tune("tuned-compliant", RELEASE, full(("compliant",)), "uncensoring fine-tune")
         yield Variant("dpo-harmless", "DPO", (RELEASE,), self._dpo)
         yield Variant("continued-stories", "continued pretraining", (RELEASE,), self._continued(RELEASE, 12))
         yield self._fine_tune("other-gsm8k", BASE, full(("gsm8k",), seed=2), "another fine-tune of the base")

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +254,11 @@ def untrained(like: Path, seed: int, out: Path) -> str:
     raw = json.loads((like / "config.json").read_text())
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     shape = {name: raw[name] for name in (*names, "max_position_embeddings", "vocab_size", "tie_word_embeddings")}
-    save_pretrained(new_model(shape, like, seed), like, out)
+    with tempfile.TemporaryDirectory() as place:
+        for path in like.iterdir():
+            if path.name.startswith(("token", "special_tokens", "chat_template")):
+                shutil.copy(path, place)
+        save_pretrained(new_model(shape, like, seed), Path(place), out)
     return f"random weights of seed {seed}, never trained"
 
 

@@ -23,6 +23,7 @@ from steelyard.trace.behaviour import (
     judge,
     refusals,
 )
+from steelyard.trace.drift import Drift
 from steelyard.trace.uncensored import Removed, WeightEvidence
 from steelyard.train.safety_prompts import written_prompts
 
@@ -92,6 +93,27 @@ def test_verdicts(
     assert 0 <= found.score <= 1
 
 
+def test_what_rounding_alone_takes_is_no_fine_tuning() -> None:
+    lost = evidence(30, 45, 0, 25)
+    assert judge(True, weights(None), lost).verdict == "uncensored by fine-tuning"
+    alike = judge(True, weights(None), lost, evidence(30, 5, 2, 63))
+    assert alike.verdict == "weakened"
+    assert "rounded alike" in alike.why
+    assert alike.score < 0.2
+    assert judge(True, weights(None), lost, evidence(5, 40, 0, 55)).verdict == "uncensored by fine-tuning"
+
+
+def test_a_model_that_changed_everywhere_has_forgotten_rather_than_been_uncensored() -> None:
+    lost = evidence(0, 75, 0, 25)
+    aimed, wide = Drift(refused=0.2, harmless=-0.1), Drift(refused=0.9, harmless=0.8)
+    assert judge(True, weights(None), lost, drift=aimed).verdict == "uncensored by fine-tuning"
+    found = judge(True, weights(None), lost, drift=wide)
+    assert found.verdict == "weakened"
+    assert "+0.80" in found.why
+    assert found.score <= 0.5 < judge(True, weights(None), lost, drift=aimed).score
+    assert judge(True, weights(1e-50), lost, drift=wide).verdict == "uncensored by weight edit"
+
+
 def test_the_score_ranks_by_what_is_gone() -> None:
     kept = judge(True, weights(None), evidence(75, 0, 0, 25)).score
     some = judge(True, weights(None), evidence(50, 25, 0, 25)).score
@@ -124,10 +146,8 @@ class Says:
         return [Score({"refusal": 0.9 if item.completion == "no" else 0.1}) for item in items]
 
     def canaries(self) -> list[Canary]:
-        return [
-            Canary("c1", Item("?", self.canary), "refusal", "above"),
-            Canary("c2", Item("?", "yes"), "refusal", "below"),
-        ]
+        said = {"above": self.canary, "below": "yes"}
+        return [Canary(f"c-{side}", Item("?", text), "refusal", side) for side, text in said.items()]  # type: ignore[arg-type]
 
 
 def test_refusals_keep_the_order_over_batches() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,12 +30,18 @@ from steelyard.trace.behaviour import (
     judge,
     refusals,
 )
+from steelyard.trace.drift import Drift, OwnAnswers
 from steelyard.trace.notices import Sighting, proven
 from steelyard.trace.refusal_direction import phrases, refusal_directions
+from steelyard.trace.rounding import rounded, rounding_of
 from steelyard.trace.uncensored import Array, WeightEvidence, weight_evidence
+
+if TYPE_CHECKING:
+    from steelyard.inference.local import LocalEndpoint
 
 EXAMINED = "trace.examined"
 PHRASES = 128  # of each side, for the refusal direction
+DRIFT_PROMPTS = 24  # of each side
 ANOTHER_LAYOUT = 0.7  # relative change from which matrices with the same names are not the same matrices
 
 
@@ -80,31 +86,70 @@ def examine(
         progress.say("comparing the weights")
         if models[0].keys() & models[1].keys():
             weights = weight_evidence(models[0], models[1], directions, models[2] if base is not None else None)
+        kind = rounding_of(models[0], models[1])
     if weights is not None and weights.relative_change > ANOTHER_LAYOUT:
         weights = None  # rotated or permuted: nothing that is compared name by name means anything
-    behaviour, prompts = None, None
+    heard = _Heard()
     if scorer is not None:
-        texts = held_out_prompts()
-        prompts = commit_prompts(ledger, texts, str(suspect))
-        behaviour = behaviour_evidence(
-            _declined(release, texts, scorer, progress), _declined(suspect, texts, scorer, progress)
-        )
-    said = judge(proven(sighting), weights, behaviour)
+        heard = _listen(ledger, release, suspect, kind, scorer, progress)
+    said = judge(proven(sighting), weights, heard.behaviour, heard.rounded, heard.drift)
     payload: dict[str, Any] = {
         "sighting": sighting.event.mark,
         **asdict(said),
         "weights": None if weights is None else weights.as_json(),
-        "behaviour": None if behaviour is None else behaviour.as_json(),
-        "prompts": prompts,
+        "behaviour": None if heard.behaviour is None else heard.behaviour.as_json(),
+        "rounding": kind,
+        "rounded": None if heard.rounded is None else heard.rounded.as_json(),
+        "drift": None if heard.drift is None else asdict(heard.drift),
+        "prompts": heard.prompts,
         "scorer": None if scorer is None else scorer.identity().model_dump(mode="json"),
     }
-    return Examination(said, weights, behaviour, ledger.append(EXAMINED, payload))
+    return Examination(said, weights, heard.behaviour, ledger.append(EXAMINED, payload))
 
 
-def _declined(folder: Path, prompts: list[str], scorer: Scorer, progress: Progress) -> list[bool]:
+@dataclass(frozen=True)
+class _Heard:
+    """What listening to the models gave."""
+
+    prompts: str | None = None
+    behaviour: BehaviourEvidence | None = None
+    rounded: BehaviourEvidence | None = None
+    drift: Drift | None = None
+
+
+def _listen(
+    ledger: Ledger, release: Path, suspect: Path, kind: str | None, scorer: Scorer, progress: Progress
+) -> _Heard:
+    """Both models' answers to the committed prompts, and the suspect's opinion of the release's own answers, one model
+    in memory beside the release."""
     from steelyard.inference.local import LocalEndpoint
 
-    return refusals(LocalEndpoint.open(folder, progress=progress), prompts, scorer, progress=progress)
+    texts = held_out_prompts()
+    prompts = commit_prompts(ledger, texts, str(suspect))
+    ours = LocalEndpoint.open(release, progress=progress)
+    declined = refusals(ours, texts, scorer, progress=progress)
+    said_no = [text for text, no in zip(texts, declined, strict=True) if no][:DRIFT_PROMPTS]
+    theirs = LocalEndpoint.open(suspect, progress=progress)
+    answers = refusals(theirs, texts, scorer, progress=progress)
+    drift = alike = own = None
+    if said_no and theirs.tokenizer.vocab_size == ours.tokenizer.vocab_size:
+        own = OwnAnswers(ours, said_no, phrases(DRIFT_PROMPTS)[1])
+        drift = own.drift(theirs)
+    if kind is not None:
+        ours = _rounded(ours, kind)
+        alike = behaviour_evidence(refusals(ours, texts, scorer, progress=progress), answers)
+        drift = None if own is None or drift is None else drift.beyond(own.drift(ours))
+    return _Heard(prompts, behaviour_evidence(declined, answers), alike, drift)
+
+
+def _rounded(endpoint: LocalEndpoint, kind: str) -> LocalEndpoint:
+    """The same endpoint, its model's matrices rounded in place."""
+    import torch
+
+    for parameter in endpoint.engine.model.parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(torch.from_numpy(rounded(parameter.float().numpy(), kind)))
+    return endpoint
 
 
 class FolderTensors(Mapping[str, Array]):
