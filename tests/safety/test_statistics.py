@@ -37,6 +37,7 @@ from steelyard.safety.statistics import (
     pair_bounds,
     paired_difference,
     sample_to_settle,
+    through_scorer,
     wilson,
 )
 
@@ -328,6 +329,25 @@ def test_a_difference_seen_through_a_scorer_is_larger() -> None:
     assert seen.upper > plain.upper / youden
     assert seen.upper - seen.lower > (plain.upper - plain.lower) / youden
     assert paired_difference(candidate, before, families, GOOD).bound.upper == pytest.approx(plain.upper, abs=1e-3)
+
+
+def test_a_difference_is_not_made_larger_by_the_doubt_about_few_labels() -> None:
+    """12 positives, as a shipped scorer has: adjusting their counts alone would make J smaller, and the bound between
+    zero and the estimate larger."""
+    errors = ScorerErrors(0.75, 12, 0.976, 1_733)
+    lower, estimate, upper = through_scorer(0.05, 0.06, 0.07, errors, 0.95)
+    youden, margin = 0.75 + 0.976 - 1, float(errors.youden_margin(0.95)[1])
+    a = youden**2 - margin**2
+    assert float(estimate) == pytest.approx(0.06 / youden)
+    root = np.sqrt((0.06 * youden) ** 2 - a * (0.06**2 - 0.01**2))
+    assert float(lower) == pytest.approx((0.06 * youden - root) / a)
+    adjusted = float(errors.adjusted().youden)
+    assert adjusted < youden
+    a = adjusted**2 - margin**2
+    root = np.sqrt((0.06 * adjusted) ** 2 - a * (0.06**2 - 0.01**2))
+    assert float(upper) == pytest.approx((0.06 * adjusted + root) / a)
+    turned = through_scorer(-0.07, -0.06, -0.05, errors, 0.95)
+    assert [float(one) for one in turned] == pytest.approx([-float(upper), -float(estimate), -float(lower)])
 
 
 def test_coverage_of_a_paired_difference() -> None:

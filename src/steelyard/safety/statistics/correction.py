@@ -195,7 +195,9 @@ def through_scorer(
     """(lower, estimate, upper) of a true difference from an observed one: divided by Youden's index J.
 
     A scorer with the same errors on both sides shrinks every difference by J = Se + Sp - 1. The bounds are those of a
-    ratio of independent estimates by recovered margins (MOVER-R, Donner & Zou 2012; Fieller's with normal margins).
+    ratio of independent estimates by recovered margins (MOVER-R, Donner & Zou 2012; Fieller's with normal margins),
+    the wider of those about J as adjusted and as counted: the adjusted one is smaller with few labels, so that a bound
+    between zero and the estimate would lie too far from zero.
     Raises StatisticsError where J is not surely over zero.
     """
     low, middle, high = (np.asarray(part, float) for part in (lower, mean, upper))
@@ -206,9 +208,12 @@ def through_scorer(
         raise StatisticsError("the scorer is not surely better than chance: differences cannot be corrected")
 
     def ratio(own: Any, sign: int) -> Any:
-        a = youden**2 - margin**2
-        root = np.sqrt(np.maximum((middle * youden) ** 2 - a * (middle**2 - own**2), 0.0))
-        return (middle * youden + sign * root) / a
+        ends = []
+        for index in (youden, np.maximum(youden, errors.youden)):
+            a = index**2 - margin**2
+            root = np.sqrt(np.maximum((middle * index) ** 2 - a * (middle**2 - own**2), 0.0))
+            ends.append(sign * (middle * index + sign * root) / a)
+        return sign * np.maximum(*ends)
 
     return (
         np.maximum(ratio(middle - low, -1), -1.0),
