@@ -29,10 +29,10 @@ def _run(*arguments: object) -> Done:
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(error),
-        pytest.raises(SystemExit) as left,
     ):
         patch.setattr("sys.argv", ["steelyard", "trace", *map(str, arguments)])
-        main()
+        with pytest.raises(SystemExit) as left:
+            main()
     return Done(int(left.value.code or 0), out.getvalue(), error.getvalue())
 
 
