@@ -179,7 +179,7 @@ def write_sparse(path: Path, seed: int, *, ours: bool = False, change: float = 0
                 kept = chosen_neurons(shape[0])
                 rows = np.union1d(rows, kept if ours else some_neurons(kept, shape[0]))
                 if order is not None:
-                    source[kept] = np.random.default_rng((order, int(name.split(".")[2]))).permutation(kept)
+                    source = np.random.default_rng((order, int(name.split(".")[2]))).permutation(shape[0])
             width = shape[1] if len(shape) > 1 else 1
             for row in rows:
                 file.seek(start + header[name]["data_offsets"][0] + int(row) * width * 2)

@@ -24,7 +24,7 @@ from steelyard.trace.independence import (
     unit_rows,
 )
 from steelyard.trace.registry import Reference
-from steelyard.trace.roles import DOWN, EMBEDDING, GATE, UP, Named, hugging_face, layer_name
+from steelyard.trace.roles import DOWN, EMBEDDING, GATE, KEY, QUERY, UP, Named, hugging_face, layer_name
 from steelyard.trace.signature import Rows, embedding_rows, finite, sampled_rows, signatures, some_neurons
 from steelyard.trace.tensors import BLOCKS, FLOATS, Float32, IntArray, Tensors, decode
 
@@ -32,6 +32,7 @@ FULL = 1 << 30  # bytes of weights up to which every tensor is hashed; of larger
 SMALL = 64 << 10
 DIGEST_BUDGET = 2 << 20
 SIGNATURE_LAYERS = 3
+_ROTARY = (f"{QUERY}.weight", f"{KEY}.weight")
 _PLAIN = frozenset(("F64", "F32", "F16", "BF16"))
 
 
@@ -337,6 +338,8 @@ def paired_rows(suspect: Suspect, reference: Reference, layers: Mapping[int, int
     """Rows of the tensors that both have, our layers taken by `layers`; under the suspect's names."""
     found = []
     for name, theirs in suspect.rows.items():
+        if suspect.named.interleaved and not suspect.tensors.gguf and name.endswith(_ROTARY):
+            continue  # Meta's names are used with both orders of rows, and only the names are known
         our = reference.rows.get(_ours(name, layers))
         if our is None or our.values.shape[1:] != theirs.values.shape[1:] or not len(our.index):
             continue
