@@ -25,10 +25,12 @@ from trace_models import pairs, read_index
 from steelyard.base.progress import default_progress
 from steelyard.cli.output import print_table
 from steelyard.ledger.ledger import Ledger
+from steelyard.trace.digests import cast
 from steelyard.trace.lineage import LEVEL, RELATED, SIBLING, UNRELATED, Relation, relate, trace
-from steelyard.trace.registry import Reference, Registry, register
-from steelyard.trace.roles import DOWN, GATE, UP, hugging_face, layer_name
-from steelyard.trace.tensors import Tensors, in_memory, open_tensors
+from steelyard.trace.registry import Reference, Registry, read_reference, register, write_reference
+from steelyard.trace.roles import DOWN, EMBEDDING, GATE, UP, hugging_face, layer_name
+from steelyard.trace.signature import chosen_neurons, chosen_tokens, sampled_rows, some_neurons
+from steelyard.trace.tensors import Entry, Tensors, decode, in_memory, open_tensors
 
 PERMUTATIONS = 8
 RIGHT = {"derived": RELATED, "sibling": (SIBLING,), "unrelated": (UNRELATED,)}
@@ -141,7 +143,7 @@ def permuted(model: Tensors, random: np.random.Generator) -> Tensors:
 def shapes_7b() -> dict[str, tuple[int, ...]]:
     hidden, inner, vocab = SHAPES_7B["hidden"], SHAPES_7B["intermediate"], SHAPES_7B["vocab"]
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
+        EMBEDDING: (vocab, hidden),
         "model.norm.weight": (hidden,),
         "lm_head.weight": (vocab, hidden),
     }
@@ -154,13 +156,10 @@ def shapes_7b() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_sparse(path: Path, seed: int, change: float = 0.0, order: int | None = None) -> None:
-    """A safetensors file of these shapes, sparse: the norms, and in each matrix every row that registry and comparison
-    may read, are written. `change`: relative noise on each value; `order`: seed of a permutation of the neurons."""
-    from steelyard.trace.digests import cast
-    from steelyard.trace.signature import chosen_neurons, chosen_tokens, sampled_rows
-    from steelyard.trace.tensors import Entry
-
+def write_sparse(path: Path, seed: int, *, ours: bool = False, change: float = 0.0, order: int | None = None) -> None:
+    """A safetensors file of these shapes, sparse: of each matrix only rows that may be read are written, those of the
+    registry where it is `ours`, else those of a suspect. `change`: relative noise; `order`: seed of a permutation of
+    the neurons."""
     header, at = {}, 0
     for name, shape in shapes_7b().items():
         size = int(np.prod(shape)) * 2
@@ -172,36 +171,44 @@ def write_sparse(path: Path, seed: int, change: float = 0.0, order: int | None =
         start = file.tell()
         file.truncate(start + at)
         for number, (name, shape) in enumerate(shapes_7b().items()):
-            random = np.random.default_rng((seed, number))
             rows = sampled_rows(Entry(name, "BF16", shape, path, 0, 0))
-            if name == "model.embed_tokens.weight":
+            if name == EMBEDDING:
                 rows = np.union1d(rows, chosen_tokens(shape[0]))
+            source = np.arange(shape[0])
             if name.endswith((f"{GATE}.weight", f"{UP}.weight")):
-                rows = np.union1d(rows, chosen_neurons(shape[0]))
+                kept = chosen_neurons(shape[0])
+                rows = np.union1d(rows, kept if ours else some_neurons(kept, shape[0]))
+                if order is not None:
+                    source = np.random.default_rng((order, int(name.split(".")[2]))).permutation(shape[0])
             width = shape[1] if len(shape) > 1 else 1
-            values = random.normal(1.0 if len(shape) == 1 else 0.0, 0.02, (len(rows), width)).astype(np.float32)
-            values += change * 0.02 * np.random.default_rng((9, number)).normal(size=values.shape).astype(np.float32)
-            if order is not None and name.endswith((f"{GATE}.weight", f"{UP}.weight")):
-                values = values[np.random.default_rng((order, int(name.split(".")[2]))).permutation(len(values))]
-            data = cast(np.ascontiguousarray(values), "BF16").reshape(len(rows), -1)
-            base = start + header[name]["data_offsets"][0]
-            for row, raw in zip(rows, data, strict=True):
-                file.seek(base + int(row) * width * 2)
-                file.write(raw.tobytes())
+            for row in rows:
+                file.seek(start + header[name]["data_offsets"][0] + int(row) * width * 2)
+                file.write(_row_bytes(seed, number, int(source[row]), width, change))
+
+
+def _row_bytes(seed: int, tensor: int, row: int, width: int, change: float) -> bytes:
+    """bfloat16 of random sign and mantissa, so between 2^-7 and 2^-6 in size, with noise where `change` asks for
+    it.
+    """
+    bits = np.random.default_rng((seed, tensor, row)).integers(0, 256, width, dtype=np.uint16)
+    bits = ((bits & 0x80) << 8) | (120 << 7) | (bits & 0x7F)
+    if not change:
+        return bits.astype("<u2").tobytes()
+    values = decode(bits.astype("<u2").view(np.uint8), "BF16")
+    noise = np.random.default_rng((seed, tensor, row, 1)).normal(size=width) * change * np.abs(values).mean()
+    return cast((values + noise).astype(np.float32), "BF16").tobytes()
 
 
 def seven_billion(folder: Path) -> list[dict[str, Any]]:
     """Trace a fine-tuned, a permuted and an unrelated suspect of 7B; seconds, bytes read and verdict of each."""
-    from steelyard.trace import registry
-
     config = {"num_attention_heads": 32, "num_key_value_heads": 32}
     (folder / "ours").mkdir(parents=True)
     (folder / "ours" / "config.json").write_text(json.dumps(config))
-    write_sparse(folder / "ours" / "model.safetensors", 1)
+    write_sparse(folder / "ours" / "model.safetensors", 1, ours=True)
     artifact = folder / "reference.safetensors"
     # The digests of 13 GB are beside the point here: what a large suspect is compared with is rows and signatures.
-    registry.write_reference(artifact, folder / "ours", [], progress=default_progress(), digests=False)
-    reference = registry.read_reference(artifact, "ours", "release", "0" * 64, "0" * 64, folder / "ours")
+    write_reference(artifact, folder / "ours", [], progress=default_progress(), digests=False)
+    reference = read_reference(artifact, "ours", "release", "0" * 64, "0" * 64, folder / "ours")
     found = []
     for name, options in (
         ("fine-tuned by 5%", {"seed": 1, "change": 0.05}),

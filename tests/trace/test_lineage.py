@@ -87,6 +87,12 @@ def test_renamed_cast_and_sharded_copies_are_the_same_tensors(tmp_path: Path, re
     assert set(answer.nearest.changes) == {"cast", "renamed", "re-sharded"}
 
 
+def test_metas_names_with_either_order_of_rows_are_a_fine_tune(registered: list[Reference]) -> None:
+    found = _memory(meta_names(noised(RELEASE, 0.02)), registered)["release"]
+    assert (found.verdict, found.changes) == (DERIVED, ("fine-tuned",))
+    assert found.distance == pytest.approx(0.02, rel=0.1)
+
+
 def test_bytes_are_found_under_names_and_in_an_order_that_say_nothing(
     tmp_path: Path, registered: list[Reference]
 ) -> None:

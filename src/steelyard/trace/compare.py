@@ -24,14 +24,15 @@ from steelyard.trace.independence import (
     unit_rows,
 )
 from steelyard.trace.registry import Reference
-from steelyard.trace.roles import DOWN, EMBEDDING, GATE, UP, Named, hugging_face, layer_name
-from steelyard.trace.signature import NEURONS, Rows, embedding_rows, finite, sampled_rows, signatures
+from steelyard.trace.roles import DOWN, EMBEDDING, GATE, KEY, QUERY, UP, Named, hugging_face, layer_name
+from steelyard.trace.signature import Rows, embedding_rows, finite, sampled_rows, signatures, some_neurons
 from steelyard.trace.tensors import BLOCKS, FLOATS, Float32, IntArray, Tensors, decode
 
 FULL = 1 << 30  # bytes of weights up to which every tensor is hashed; of larger suspects only small tensors
 SMALL = 64 << 10
 DIGEST_BUDGET = 2 << 20
 SIGNATURE_LAYERS = 3
+_ROTARY = (f"{QUERY}.weight", f"{KEY}.weight")
 _PLAIN = frozenset(("F64", "F32", "F16", "BF16"))
 
 
@@ -262,7 +263,7 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
     if not there or EMBEDDING not in model.stored or model.sizes.vocab <= int(reference.tokens[-1]):
         return None
     chosen = sorted({there[len(there) * (2 * at + 1) // (2 * layers)] for at in range(layers)})
-    neurons = read_neurons(model.sizes.intermediate, reference)
+    neurons = some_neurons(reference.neurons, model.sizes.intermediate)
     pairs: dict[int, tuple[int, Matched]] = {}
     log10_p, cosines, same = 0.0, [], 0
     for layer in chosen:
@@ -281,13 +282,6 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
     ours = unit_rows(reference.embedding)
     direct = float((embedding * ours).sum(axis=1).mean()) if embedding.shape == ours.shape else 0.0
     return Signature(log10_p, agreeing / could, float(np.mean(cosines)), permuted, direct < 0.5, pairs)
-
-
-def read_neurons(intermediate: int, reference: Reference) -> IntArray:
-    """Neurons to read: among those that are kept, so that an unpermuted copy is matched by all of them."""
-    known = reference.neurons[reference.neurons < intermediate]
-    count = min(NEURONS, len(known))
-    return known[:: max(1, len(known) // count)][:count]
 
 
 def _best_layer(gate: Float32, up: Float32, reference: Reference, *, swap: bool) -> tuple[int, Matched, float]:
@@ -344,6 +338,8 @@ def paired_rows(suspect: Suspect, reference: Reference, layers: Mapping[int, int
     """Rows of the tensors that both have, our layers taken by `layers`; under the suspect's names."""
     found = []
     for name, theirs in suspect.rows.items():
+        if suspect.named.interleaved and not suspect.tensors.gguf and name.endswith(_ROTARY):
+            continue  # Meta's names are used with both orders of rows, and only the names are known
         our = reference.rows.get(_ours(name, layers))
         if our is None or our.values.shape[1:] != theirs.values.shape[1:] or not len(our.index):
             continue

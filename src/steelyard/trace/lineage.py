@@ -34,11 +34,11 @@ from steelyard.trace.compare import (
     by_order,
     by_signature,
     paired_rows,
-    read_neurons,
     requantised_share,
 )
 from steelyard.trace.registry import Reference
 from steelyard.trace.roles import EMBEDDING
+from steelyard.trace.signature import some_neurons
 from steelyard.trace.tensors import Float32, Tensors, open_tensors
 
 EXACT, SAME, QUANTISED, DERIVED = "exact copy", "same tensors", "quantised", "derived"
@@ -248,8 +248,7 @@ class _Found:
             found.append("renamed")
         if len({one.file for one in entries.values()}) != len(self.reference.files):
             found.append("re-sharded")
-        missing = sum(one.name not in {pair.name for pair in self.pairs} for one in self.reference.tensors)
-        if missing and not moved:
+        if len(entries) < len(self.reference.tensors) and not moved:
             found.append("tensors left out")
         return tuple(found)
 
@@ -339,7 +338,7 @@ def _signature_shares(suspect: Suspect, base: _Found, releases: Sequence[_Found]
     theirs: list[Float32] = []
     ours: dict[str, list[Float32]] = {one.reference.name: [] for one in (base, *releases)}
     for layer, (number, matched) in base.signature.pairs.items():
-        neurons = read_neurons(suspect.named.sizes.intermediate, base.reference)
+        neurons = some_neurons(base.reference.neurons, suspect.named.sizes.intermediate)
         gate, up = suspect.signatures(layer, neurons, base.reference.tokens)
         for row, column in matched.pairs:
             for mine, part in ((gate, "gate"), (up, "up")):

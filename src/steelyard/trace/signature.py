@@ -47,6 +47,12 @@ def chosen_neurons(intermediate: int) -> IntArray:
     return _draw(f"neurons {intermediate}", intermediate, count)
 
 
+def some_neurons(kept: IntArray, intermediate: int) -> IntArray:
+    """The neurons to read of a suspect: among those that are kept, so that an unpermuted copy is matched by all."""
+    known = kept[kept < intermediate]
+    return known[:: max(1, len(known) // NEURONS)][:NEURONS]
+
+
 def _draw(what: str, size: int, count: int) -> IntArray:
     """`count` of `size`, sorted; fixed by `what`, so that registry and suspect agree without being told."""
     seed = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "little")
