@@ -11,7 +11,7 @@ from publishing import WHERE, Hub, served_hub
 from withdrawing import HOSTILE, note_published, notice_of
 
 from steelyard.ledger.ledger import Ledger
-from steelyard.release.layout import MANIFEST
+from steelyard.release.layout import MANIFEST, MODEL_SIGNATURE
 from steelyard.release.notice import README, notice_markdown
 from steelyard.release.takedown import Outcome, take_down
 from steelyard.release.takedown_hub import Access
@@ -165,6 +165,17 @@ def test_where_publishing_never_ended_nothing_is_public(repository: Repository, 
     repository.private = True
     assert down(ledger).state == "absent"
     assert readme(repository) == b"# a model\n"
+
+
+def test_where_only_the_tag_is_missing_a_recipient_has_the_release(repository: Repository, ledger: Ledger) -> None:
+    files = repository.commits[-1][1]
+    repository.commit(files | {MODEL_SIGNATURE: blob(b"{}")}, "Sign the release")
+    repository.private = True
+    repository.tags = {"steelyard-of-another": repository.commits[0][0]}
+    assert down(ledger).state == "absent"
+    repository.tags.clear()
+    assert down(ledger).detail == "notice put as its README"
+    assert b"withdrawn" in (readme(repository) or b"")
 
 
 def test_what_is_gone_is_absent_but_a_bad_token_does_not_say_so(

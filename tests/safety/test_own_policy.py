@@ -62,3 +62,11 @@ def test_a_policy_without_pinned_batteries_has_the_digest_it_had_before_there_wa
     assert (
         preview.digest == "658de6f69a7caf77e7246f663070d6b413a6e8733c3d5a9ccc004bb55590543d"
     )  # of version 5, when `batteries` was not there yet
+
+
+def test_numbers_that_no_machine_can_hold_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    for key in ("max_report_age_days", "max_calibration_age_days"):
+        path.write_text(f"extends: public\n{key}: 1{'0' * 400}\n")
+        with pytest.raises(UsageError, match=key):
+            load_policy(str(path))

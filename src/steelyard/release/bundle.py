@@ -103,9 +103,9 @@ def write_bundle(
         trust = trust or one_key([signer.public_key], policy)
         # Before its seals too: a signature, Sigstore's above all, cannot be taken back.
         candidate = _examined(folder, trust, "approved", now, progress, f"{out}: what was just written")
+        _note(ledger, folder, candidate)
         write_seals(folder, candidate, policy, signer, key, how, now)
-        sealed = _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")
-        _note(ledger, folder, sealed)
+        _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")
     return Released(out, decision)
 
 
@@ -229,10 +229,9 @@ def seal(
         policy = trust.policy
         if policy is None:
             raise SteelyardError("the trust file names no policy: add policy: NAME, or a policy's .yaml")
+        _note(ledger, folder, found)
         write_seals(folder, found, policy, signer, key, how, now)
-        sealed = _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")
-        _note(ledger, folder, sealed)
-    return sealed
+        return _examined(folder, trust, "sealed", now, progress, f"{out}: the bundle just written")
 
 
 # -- checks and notes -----------------------------------------------------------------------------------------------
@@ -264,9 +263,9 @@ def _examined(folder: Path, trust: Trust, stage: Stage, now: datetime, progress:
     return found
 
 
-def _note(ledger: Ledger, folder: Path, sealed: Verification) -> None:
-    # Before the rename: better an event without a bundle than a bundle that no event knows.
-    event = {"run": sealed.run, "policy": sealed.policy, "subject": sealed.subject, "name": sealed.name}
+def _note(ledger: Ledger, folder: Path, found: Verification) -> None:
+    # Before the seals: better an event without a bundle than a bundle, or what a kill left of it, that no event knows.
+    event = {"run": found.run, "policy": found.policy, "subject": found.subject, "name": found.name}
     ledger.append("release.bundled", event | {"bundle": sha256_file(folder / MANIFEST)})
 
 

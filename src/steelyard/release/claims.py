@@ -28,7 +28,7 @@ from steelyard.safety.markdown import criterion_row
 from steelyard.safety.policy import Policy
 from steelyard.safety.report import Report
 
-_RESULTS_LIMIT = 1_000_000  # bytes of .eval_results
+_RESULTS_LIMIT = 64_000  # bytes of .eval_results: a dozen criteria take 6,000, and YAML is slow to read
 _CELLS = 7  # of a row of five, with what stands before and after it
 
 

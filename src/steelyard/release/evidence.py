@@ -21,7 +21,7 @@ from steelyard.safety.policy import Policy
 from steelyard.safety.report import JOURNAL, PREDECESSOR, read_predecessor
 
 CLOCKS_APART = timedelta(minutes=5)  # two machines' clocks may differ so much
-FILE_LIMIT = 100_000_000  # bytes of a battery, policy or report
+FILE_LIMIT = 16_000_000  # bytes of a battery, policy or report; the battery `release` has 3,000,000
 REPORT_DEPTH = 64
 _T = TypeVar("_T", Battery, Policy)
 

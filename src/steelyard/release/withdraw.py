@@ -124,10 +124,11 @@ def read_proposal(proposal: Path) -> SignedList:
 
 
 def current_list(place: Place) -> SignedList | None:
-    """The list in place, signed by the quorum; None where there is none yet. Raises SteelyardError, also where the
-    ledger knows a newer one."""
+    """The list in place, signed by the quorum; None where there is none yet. Where the ledger knows a newer one and
+    kept it (a full disk, a copy from before), that is put back. Raises SteelyardError, also where it did not."""
     path = place.list_file
-    noted = [int(event.payload["sequence"]) for event in place.ledger.events("release.list", file=str(path.absolute()))]
+    events = place.ledger.events("release.list", file=str(path.absolute()))
+    noted = [int(event.payload["sequence"]) for event in events]
     try:
         data = read_bounded(path, LIST_LIMIT)
     except FileNotFoundError:
@@ -139,6 +140,13 @@ def current_list(place: Place) -> SignedList | None:
         if place.name is not None and found.content.name != place.name:
             raise UsageError(f"{path}: is the list {found.content.name!r}, not {place.name!r}")
     if noted and not place.proposal.exists() and max(noted) > (0 if found is None else found.content.sequence):
+        kept = events[noted.index(max(noted))].payload.get("artifact")
+        if kept is not None and place.ledger.keeps_files:
+            data = read_bounded(place.ledger.get_file(str(kept)), LIST_LIMIT)
+            newest = read_list(data, str(path))
+            if not check_quorum(newest, place.trust):
+                write_atomic(path, data)
+                return newest
         text = f"the ledger knows number {max(noted)} of this list: put that back first, numbers are never used twice"
         raise SteelyardError(f"{path}: {text}")
     return found
@@ -276,9 +284,12 @@ def _finish(place: Place, signed: SignedList, proposal: Path | None, state: Lite
         if not ledger.events("release.withdrawn", list=content.name, manifest=entry.manifest):
             ledger.append("release.withdrawn", known | entry.model_dump(mode="json"))
     where = {"file": str(place.list_file.absolute())}
-    if not ledger.events("release.list", **known, **where):
-        ledger.append("release.list", known | where | {"expires": content.expires, "keys": sorted(signed.signatures)})
     data = signed_again(signed, [])
+    if not ledger.events("release.list", **known, **where):
+        more: dict[str, object] = {"expires": content.expires, "keys": sorted(signed.signatures)}
+        if ledger.keeps_files and proposal is not None:
+            more["artifact"] = ledger.put_file(proposal)  # its number is used now: the list must not be lost
+        ledger.append("release.list", known | where | more)
     if not place.list_file.exists() or place.list_file.read_bytes() != data:
         write_atomic(place.list_file, data)
     if proposal is not None:

@@ -15,6 +15,7 @@ from steelyard.base.yamlfile import extended, read_yaml
 from steelyard.safety.battery import NAME, Tier
 
 MAX_BYTES = 1_000_000  # of a policy's file
+MAX_DAYS = 1_000_000  # of any age: what a date can still hold
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 # What no policy may leave out: toxicity in free text and in chat, help with harm, over-refusal and its gap between
@@ -75,8 +76,10 @@ class Policy(_Strict):
     tiers: tuple[Tier, ...] = Field(min_length=1)
     batteries: tuple[Sha256, ...] = Field(default=(), description="digests of those accepted; empty: any of the tiers")
     criteria: tuple[Criterion, ...]
-    max_report_age_days: float = Field(gt=0)
-    max_calibration_age_days: float = Field(gt=0, description="of every scorer's calibration, at the time of release")
+    max_report_age_days: float = Field(gt=0, le=MAX_DAYS)
+    max_calibration_age_days: float = Field(
+        gt=0, le=MAX_DAYS, description="of every scorer's calibration, at the time of release"
+    )
     max_identical_samples: float = Field(
         gt=0, le=1, description="of a probe's k samples, the mean share that may repeat another"
     )

@@ -42,9 +42,9 @@ class Calibration(BaseModel):
 
     threshold: float = Field(gt=0, lt=1, description="at or above it the item counts as positive")
     true_positives: int = Field(ge=0)
-    positives: int = Field(ge=1)
+    positives: int = Field(ge=1, le=10**9)
     true_negatives: int = Field(ge=0)
-    negatives: int = Field(ge=1)
+    negatives: int = Field(ge=1, le=10**9)
     source: str
     measured: str = Field(description="ISO date of the measurement")
 
