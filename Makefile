@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # llama.cpp is only a test oracle: -O1 halves the time of compiling it.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1
 
-.PHONY: run test lint bench bench-verify trace-models fuzz clean
+.PHONY: run test lint bench bench-verify bench-trace trace-models fuzz clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.models: pyproject.toml constraints.txt
@@ -57,6 +57,13 @@ trace-models: $(VENV)/.models
 	@$(BIN)/steelyard run recipes/quickstart.yaml --until align >/dev/null
 	@$(BIN)/python benchmarks/trace_models.py $$(ls -td .steelyard/models/import-* | head -1) \
 	  $$(ls -td .steelyard/models/align-* | head -1)/model .steelyard/trace-models
+
+bench-trace: trace-models
+	@$(BIN)/python benchmarks/trace_lineage.py .steelyard/trace-models
+	@$(BIN)/python benchmarks/trace_uncensored.py .steelyard/trace-models
+	@$(BIN)/python benchmarks/trace_mark.py $$(ls -td .steelyard/models/import-* | head -1) \
+	  $$(ls -td .steelyard/models/align-* | head -1)/model $$(find $${STEELYARD_CACHE:-$$HOME/.cache/steelyard} -name '*.gguf' | head -1) \
+	  .steelyard/trace-mark --models .steelyard/trace-models
 
 # Coverage-guided, 5 minutes over all parsers of untrusted input; `make fuzz FUZZ=--quick` for 30 s.
 $(VENV)/.fuzz: $(VENV)/.dev

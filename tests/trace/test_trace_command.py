@@ -8,11 +8,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from suspects_made import noised, put, rounded, weights, write
 
 from steelyard.cli.main import main
 from steelyard.ledger.ledger import Ledger
+from steelyard.model.identity import subject_of
+from steelyard.release.grant_keys import new_grant_keys
+from steelyard.trace.tensors import open_tensors
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
 
 
 @dataclass
@@ -84,3 +90,23 @@ def test_a_tree_in_which_one_file_is_broken_is_answered(tmp_path: Path) -> None:
     done = _run(tree, *workspace, "--json")
     assert done.returncode == 0
     assert [one["verdict"] for one in json.loads(done.stdout)] == ["unreadable", "exact copy"]
+
+
+def test_a_shuffled_model_is_another_subject_of_a_committed_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEELYARD_PASSPHRASE", "long enough for a test")
+    folder, workspace = write(tmp_path / "ours", rounded(weights())), tmp_path / "workspace"
+    without = _run("shuffle", folder, tmp_path / "out", "--workspace", workspace)
+    assert (without.returncode, "steelyard grant key new" in without.stderr) == (1, True)
+    with Ledger(workspace / "ledger.sqlite") as ledger:
+        new_grant_keys(workspace / "grants" / "keys", b"long enough for a test", ledger)
+    done = _run("shuffle", folder, tmp_path / "out", "--workspace", workspace)
+    assert done.returncode == 0, done.stderr
+    with Ledger(workspace / "ledger.sqlite") as ledger:
+        (event,) = ledger.events("trace.shuffled")
+    assert event.payload["from"] != event.payload["subject"] == subject_of(tmp_path / "out").digest
+    assert event.payload["order"] in done.stdout
+    before, after = (open_tensors(place).read(GATE) for place in (folder, tmp_path / "out"))
+    assert not np.array_equal(before, after)
+    assert np.array_equal(np.sort(before, axis=0), np.sort(after, axis=0))

@@ -11,7 +11,7 @@ import typer
 import typer.core
 
 from steelyard.base.errors import FormatError, UsageError
-from steelyard.cli.options import WORKSPACE, AsJSON, Workspace, existing_folder
+from steelyard.cli.options import WORKSPACE, AsJSON, PassphraseFile, Workspace, existing_folder
 from steelyard.cli.output import one_line, print_json, print_table
 
 if TYPE_CHECKING:
@@ -102,6 +102,34 @@ def register(
         print_json(vars(event))
     else:
         print(one_line(f"{name}: registered as {kind}, event {event.seq}\nsubject {event.payload['subject']}"))
+
+
+@app.command()
+def shuffle(
+    model: Annotated[Path, typer.Argument(help="A model folder, before its test.", callback=existing_folder)],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    workspace: Workspace = WORKSPACE,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Put a model's neurons in a secret order, which makes the p-values of its copies exact. It computes the same, but
+    is another subject: test and release the shuffled one. The order follows from the grants' key."""
+    from steelyard.base.progress import default_progress
+    from steelyard.cli.output import passphrase
+    from steelyard.ledger.ledger import Ledger
+    from steelyard.model.identity import subject_of
+    from steelyard.release.grant_book import Book
+    from steelyard.release.grant_keys import load_mark_key
+    from steelyard.trace.transforms import order_commitment, permute_folder
+
+    progress = default_progress()
+    with Ledger(workspace / "ledger.sqlite") as ledger:
+        key = load_mark_key(Book(workspace / "grants", ledger).keys, passphrase(passphrase_file))
+        commitment = order_commitment(key.secret)
+        permute_folder(model, out, key.secret, progress)
+        before, after = subject_of(model, progress), subject_of(out, progress)
+        said = {"from": before.digest, "subject": after.digest, "weights": after.weights, "order": commitment}
+        ledger.append("trace.shuffled", said)
+    print(one_line(f"shuffled: {out}, subject {after.digest}; order committed as {commitment}: test this one"))
 
 
 def _print(answers: Sequence[Answer], sightings: Sequence[str | None]) -> None:
