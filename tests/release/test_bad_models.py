@@ -30,7 +30,17 @@ def failed_criteria(model: Path, place: Path) -> set[str]:
     tested = steelyard("safety", "run", model, place / "run", "--fail-fast", *workspace)
     assert tested.returncode == 0, tested.stderr
     refused = steelyard(
-        "release", place / "run", place / "bundle", "--model", model, "--key", "tester", "--json", *workspace
+        "release",
+        place / "run",
+        place / "bundle",
+        "--model",
+        model,
+        "--key",
+        "tester",
+        "--license",
+        "mit",
+        "--json",
+        *workspace,
     )
     assert refused.returncode == 1, refused.stderr
     assert not (place / "bundle").exists()

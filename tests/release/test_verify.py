@@ -382,7 +382,7 @@ def test_a_revoked_key(released: Released, tmp_path: Path) -> None:
     statement = revoke_key(chain.keys, "me", PASSPHRASE, reason="the laptop\nwas stolen")
     found = messages(chain.verify(released[1], revocations=[statement]))
     assert {message.split(":")[0] for message in found} == {TEST_RESULT, SUMMARY, MODEL_SIGNATURE}
-    assert all("revoked at" in message and message.endswith("the laptop was stolen") for message in found)
+    assert all("revoked at" in message and "the laptop was stolen: " in message for message in found)
 
 
 def test_a_revocation_of_another_key_changes_nothing(released: Released, tmp_path: Path) -> None:

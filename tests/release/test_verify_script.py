@@ -18,8 +18,8 @@ import pytest
 from scenario import PASSPHRASE, Chain
 
 from steelyard.base.canonical import canonical_json
-from steelyard.release.attest import parse_statement, read_envelope, sign
-from steelyard.release.keys import load_signer, new_key
+from steelyard.release.attest import parse_statement, read_envelope, sign, verify_envelope
+from steelyard.release.keys import load_public_key, load_signer, new_key
 from steelyard.release.layout import MANIFEST, MODEL_SIGNATURE, SUMMARY, TEST_RESULT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +187,11 @@ def test_roles_and_approvals(chain: Chain) -> None:
     assert "approval-2.dsse.json: signed by none of your keys" in verified("alice", ["bob"], "dora", 1)
     assert "test-result.dsse.json: signed by none of your keys" in verified("bob", ["bob", "carol"], "dora", 2)
     assert "summary.dsse.json: signed by none of your keys" in verified("alice", ["bob", "carol"], "eve", 2)
+    # The page's examples, each with the key that it names: the releaser's on the model, the signer's on each statement.
+    assert run_all("model_signing", bundle, chain.keys) == [0]
+    for command in commands("cosign", bundle, chain.keys):
+        file, pem = (Path(command[command.index(option) + 1]) for option in ("--signature", "--key"))
+        verify_envelope(file.read_bytes(), file.name, [load_public_key(pem)])
     shutil.copyfile(bundle / "steelyard/approval-1.dsse.json", bundle / "steelyard/approval-2.dsse.json")
     assert "1 of your approvers signed, you ask for 2" in verified("alice", ["bob", "carol"], "dora", 2)
 
@@ -195,17 +200,16 @@ def test_roles_and_approvals(chain: Chain) -> None:
 
 
 def commands(tool: str, bundle: Path, key: Path) -> list[list[str]]:
-    """The page's lines that call `tool`, with the reader's own names put in."""
+    """The page's lines that call `tool`, with the reader's own names put in. `key`: one, or a folder of them."""
     text = PAGE.read_text().replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if line.startswith(f"    {tool} ")]
     assert lines
-    known = {"BUNDLE": str(bundle), "maker.pub.pem": str(key)}
+
+    def known(found: re.Match[str]) -> str:
+        return str(bundle if found[0] == "BUNDLE" else key / found[0] if key.is_dir() else key)
+
     return [
-        [
-            re.sub(r"BUNDLE|maker\.pub\.pem", lambda found: known[found[0]], word)
-            for word in shlex.split(line, comments=True)
-        ]
-        for line in lines
+        [re.sub(r"BUNDLE|[a-z]+\.pub\.pem", known, word) for word in shlex.split(line, comments=True)] for line in lines
     ]
 
 

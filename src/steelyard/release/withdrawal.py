@@ -162,7 +162,8 @@ def check_quorum(signed: SignedList, trust: Trust) -> list[Finding]:
         count += _may_sign(keyid, signed.issued, trust)
     if count >= rule.quorum:
         return []
-    text = f"{signed.where}: signed by {count} of your withdrawal signers, {rule.quorum} are needed"
+    text = f"{signed.where}: signed by {count} of your withdrawal signers, {rule.quorum} are needed: ask the others"
+    text += " to sign it (steelyard withdraw --sign PROPOSAL)"
     return [Finding("list-signature", text)]
 
 
@@ -224,7 +225,8 @@ def check_time(signed: SignedList, now: datetime) -> list[Finding]:
     if signed.issued > now + CLOCKS_APART:
         return [Finding("list-future", f"{signed.where}: was issued at {signed.content.issued}, later than now")]
     if signed.expires <= now:
-        text = f"{signed.where}: expired at {signed.content.expires}: fetch a newer one; without one it is held back"
+        text = f"{signed.where}: expired at {signed.content.expires}: fetch a newer one, or where there is none ask its"
+        text += " signers to issue it anew (steelyard withdraw --refresh)"
         return [Finding("list-expired", text)]
     return []
 
