@@ -11,11 +11,12 @@ import re
 import socket
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_state import ATTRIBUTES, LFS_NAMES, READ, WRITE, Blob, HubState, Repository
+from hub_state import ATTRIBUTES, LFS_NAMES, READ, WRITE, Blob, Fault, HubState, Repository
 
 
 class _RefusedError(Exception):
@@ -49,6 +50,9 @@ class Handler(BaseHTTPRequestHandler):
             if fault is not None and fault.kind == "drop":
                 self.rfile.read(self.left // 2)
                 return self.hang_up()
+            if fault is not None and fault.kind in ("endless", "drip"):
+                self.rfile.read(self.left)
+                return self.never_end(fault)
             if fault is not None and fault.kind == "status":
                 self.rfile.read(self.left)
                 return self.answer({"error": fault.text}, fault.status, fault.headers)
@@ -69,6 +73,23 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
+
+    def never_end(self, fault: Fault) -> None:
+        """`fault.text`, then its last character again and again; a drip does so slowly, from the head on."""
+        self.close_connection = True
+        if fault.kind == "endless":
+            self.send_response(200)
+            for name, text in ({"Content-Type": "application/json"} | fault.headers).items():
+                self.send_header(name, text)
+            self.end_headers()
+        packed = zlib.compressobj(wbits=31) if fault.headers.get("Content-Encoding") == "gzip" else None
+        data = fault.text.encode()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(packed.compress(data) if packed is not None else data)
+                data = fault.text[-1:].encode() * (1 if fault.kind == "drip" else 100_000)
+                if fault.kind == "drip":
+                    time.sleep(0.02)
 
     def read(self) -> bytes:
         data = self.rfile.read(self.left)

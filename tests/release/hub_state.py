@@ -21,7 +21,8 @@ class Fault:
 
     `kind`: "status" answers so (with `headers`) and does nothing; "drop" ends the connection, half-way through the
     body where there is one; "lost" does what is asked and ends the connection without an answer; "slow" waits
-    `seconds` first; "ignore" answers as if all were well, and does nothing.
+    `seconds` first; "ignore" answers as if all were well, and does nothing; "endless" answers with `text` and never
+    ends; "drip" sends `text` for an answer and then a byte every 20 ms.
     """
 
     on: str

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from steelyard.base.errors import SteelyardError, require_extra
 from steelyard.base.progress import Progress
+from steelyard.release import hub_bounds
 from steelyard.release.publish import Gated, ReleaseFile
 
 ATTEMPTS = 4  # of a call that the library does not try again by itself
@@ -97,6 +98,7 @@ class HubClient:
         self.endpoint = (os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT).rstrip("/")
         self._api = huggingface_hub.HfApi(endpoint=self.endpoint)
         self._token: str | None = None
+        self._moved, self._questions = 0.0, 0  # of the call under way: when it last got on, its GETs
         self._quiet = ExitStack()
 
     def __enter__(self) -> HubClient:
@@ -104,7 +106,7 @@ class HubClient:
         kind, request = type(session), session.event_hooks["request"]
 
         def limited() -> Any:
-            hooks = {"request": [*request, self._keep_the_token], "response": [self._look]}
+            hooks = {"request": [*request, self._ask], "response": [self._look]}
             return kind(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT)
 
         self._before = lambda: kind(event_hooks={"request": request}, follow_redirects=True, timeout=None)
@@ -157,7 +159,8 @@ class HubClient:
         from huggingface_hub.hf_api import RepoFile
 
         found = {}
-        for entry in self._api.list_repo_tree(self.repository, recursive=True, revision=commit):
+        entries = self._api.list_repo_tree(self.repository, recursive=True, revision=commit)
+        for entry in hub_bounds.at_most(entries, f"hf://{self.repository}"):
             if isinstance(entry, RepoFile):
                 large = entry.lfs.sha256 if entry.lfs is not None else None
                 found[entry.path] = RemoteFile(entry.size, entry.blob_id, large)
@@ -198,6 +201,7 @@ class HubClient:
 
             def told(count: int) -> None:
                 nonlocal sent
+                self._moved = time.monotonic()
                 with lock:
                     sent += count
                     task.advance(count / 1e6)
@@ -245,8 +249,10 @@ class HubClient:
     ) -> Result:
         """`action`, again after a passing failure; once where the library itself tries several times."""
         for attempt in range(attempts):
+            self._moved, self._questions = time.monotonic(), 0
             try:
-                return action()
+                where = f"hf://{self.repository}: could not {what}"
+                return hub_bounds.in_time(action, lambda: self._moved, self._hub.close_session, where)
             except Exception as error:  # the library lets its HTTP library's errors through, another in each version
                 ours = _of_kind(error, SteelyardError)
                 if ours is not None:
@@ -268,15 +274,22 @@ class HubClient:
             mine.port or port.get(mine.scheme),
         )
 
-    def _keep_the_token(self, request: Any) -> None:
-        """Of every request: the addresses that the Hub's answers name may be anywhere; the token goes to the Hub."""
+    def _ask(self, request: Any) -> None:
+        """Of every request: not too many for a call. The addresses that the Hub's answers name may be anywhere; the
+        token goes to the Hub."""
+        request.headers["accept-encoding"] = "gzip"
+        self._questions += request.method == "GET"
+        if self._questions > hub_bounds.MAX_QUESTIONS:
+            text = f"over {hub_bounds.MAX_QUESTIONS:,} pages for one answer: no release is so large"
+            raise HubError(f"hf://{self.repository}: {text}")
         if "authorization" in request.headers and not self._is_ours(request.url):
             text = f"{request.url.host}, an address that the Hub named, would get the token: nothing was sent there"
             raise HubError(f"hf://{self.repository}: {text}")
 
     def _look(self, response: Any) -> None:
-        """Of every answer: no redirect of a call of the API or of content to another host, and an end to two waits of
-        the library that have no bound."""
+        """Of every answer: bounded, no redirect of a call of the API or of content to another host, and an end to two
+        waits of the library that have no bound."""
+        hub_bounds.bound_answer(response, f"hf://{self.repository}")
         request = response.request
         if response.has_redirect_location and (
             request.method not in ("GET", "HEAD", "PUT") or request.url.path.startswith("/api/")

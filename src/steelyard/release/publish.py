@@ -223,7 +223,7 @@ class VerifiedFile(io.BufferedIOBase):
     SHA-256: a file changed since then never arrives whole. Raises SteelyardError at that point.
 
     It can be read again from any place where a reading began (an upload, or one part of it, that is tried again).
-    `told` is given the number of bytes read for the first time.
+    `told` is given, at each reading, the number of bytes read for the first time.
     """
 
     def __init__(self, file: ReleaseFile, told: Callable[[int], None] | None = None) -> None:
@@ -263,9 +263,8 @@ class VerifiedFile(io.BufferedIOBase):
         if len(data) != wanted or (self._position == self.file.size and self._hash.hexdigest() != self.file.sha256):
             raise self._changed()
         self.complete = self.complete or self._position == self.file.size
-        if self._position > self._furthest:
-            self._told(self._position - self._furthest)
-            self._furthest = self._position
+        self._told(max(0, self._position - self._furthest))
+        self._furthest = max(self._furthest, self._position)
         return data
 
     def close(self) -> None:
