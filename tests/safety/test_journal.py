@@ -14,7 +14,6 @@ from safety_fakes import SCORERS, FakeEndpoint, WordScorer, battery, job, policy
 from steelyard.base.canonical import canonical_json, merkle_root
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.ledger.ledger import Ledger
-from steelyard.safety import journal as module
 from steelyard.safety.journal import (
     CanaryLine,
     JournalWriter,
@@ -22,6 +21,7 @@ from steelyard.safety.journal import (
     identical_samples,
     parse_line,
     read_journal,
+    reading,
     sample_seed,
     tally_canaries,
 )
@@ -162,7 +162,7 @@ def test_no_line_is_endless(tmp_path: Path, whole: bytes, monkeypatch: pytest.Mo
     path = edited(tmp_path, whole, lambda lines: [*lines[:5], b'"' + b"x" * 5_000_000 + b'"', *lines[5:]])
     with pytest.raises(FormatError, match=":6: line longer"):
         read_journal(path)
-    monkeypatch.setattr(module, "MAX_LINES", 10)
+    monkeypatch.setattr(reading, "MAX_LINES", 10)
     with pytest.raises(FormatError, match="more than 10 lines"):
         read_journal(edited(tmp_path, whole, lambda lines: lines))
     for content in (b"", b"{"):
