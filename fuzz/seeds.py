@@ -6,10 +6,15 @@ of the formats that this tree writes.
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
+from hashlib import sha1
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "release"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "model"))
@@ -73,6 +78,7 @@ def seeds(scratch: Path) -> Iterator[tuple[str, str, bytes]]:
     yield from headers(scratch)
     yield from texts()
     yield from stamps(scratch)
+    yield from copies()
     chain = Chain.build(scratch / "whole")
     bundle = release(chain)
     yield "manifest", "bundle.json", (bundle / MANIFEST).read_bytes()
@@ -183,6 +189,47 @@ def stamps(scratch: Path) -> Iterator[tuple[str, str, bytes]]:
     for name, content in (("empty", first), ("one", second)):
         yield "withdrawal_list", f"{name}.json", list_bytes(content, [SIGNER])
     yield "timestamp", "granted.tsr", b"T" + Authority.new().stamp(b"a commitment", nonce=7)
+
+
+def copies() -> Iterator[tuple[str, str, bytes]]:
+    """What a copy in the wild may look like: a PyTorch checkpoint, torrents of both versions, a Hub listing."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("model/data.pkl", b"never opened")
+        archive.writestr("model/data/0", bytes(range(64)))
+        archive.writestr("model/data/1", bytes(16))
+        archive.writestr("model/version", b"3\n")
+    yield "torch_archive", "pytorch_model.bin", made.getvalue()
+    ours = bytes(range(256)) * 150
+    pieces = b"".join(sha1(ours[at : at + 16384], usedforsecurity=False).digest() for at in range(0, len(ours), 16384))
+    one: dict[bytes, Any] = {b"length": len(ours), b"name": b"ours", b"piece length": 16384, b"pieces": pieces}
+    yield "torrent", "one.torrent", bencode({b"announce": b"http://example.org", b"info": one})
+    listed = [{b"length": 38000, b"path": [b"a", b"ours"]}, {b"length": 400, b"path": [b"b"]}]
+    many = {b"files": listed, b"name": b"folder", b"piece length": 16384, b"pieces": pieces}
+    yield "torrent", "many.torrent", bencode({b"info": many})
+    tree = {b"a": {b"ours": {b"": {b"length": len(ours), b"pieces root": bytes(32)}}}}
+    second = {b"file tree": tree, b"meta version": 2, b"name": b"folder", b"piece length": 16384}
+    yield "torrent", "second.torrent", bencode({b"info": second})
+    files = [
+        {"rfilename": "config.json", "size": 600},
+        {"rfilename": "model.safetensors", "size": 99, "lfs": {"sha256": "a" * 64, "size": 99, "pointerSize": 134}},
+    ]
+    yield "hub_listing", "model.json", json.dumps({"id": "a/b", "siblings": files}).encode()
+    shown = [{"type": "directory", "path": "onnx"}, {"type": "file", "path": "w", "lfs": {"oid": "b" * 64, "size": 1}}]
+    yield "hub_listing", "tree.json", json.dumps(shown).encode()
+
+
+def bencode(value: Any) -> bytes:
+    """BEP 3's encoding of integers, byte strings, lists and dictionaries."""
+    match value:
+        case int():
+            return b"i%de" % value
+        case bytes():
+            return b"%d:%s" % (len(value), value)
+        case list():
+            return b"l" + b"".join(map(bencode, value)) + b"e"
+        case _:
+            return b"d" + b"".join(bencode(key) + bencode(value[key]) for key in sorted(value)) + b"e"
 
 
 def write(folder: Path) -> None:

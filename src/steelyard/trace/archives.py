@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def storages(path: Path) -> Iterator[tuple[str, int, str]]:
                     raise FormatError(f"{path}: its members claim more bytes than the file has: they overlap")
                 for one in members:
                     yield one.filename, one.file_size, _hash(archive, one)
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError) as error:
+        except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError, OverflowError, struct.error) as error:
             raise FormatError(f"{path}: a broken zip ({type(error).__name__}): download it again") from error
 
 
