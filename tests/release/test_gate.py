@@ -30,6 +30,7 @@ from steelyard.base.errors import SteelyardError
 from steelyard.release import checks_evidence, checks_ledger, checks_model, evidence, gate
 from steelyard.release.keys import new_key, revoke_key, show_key
 from steelyard.safety.policy import load_policy
+from steelyard.safety.statistics import VERSION
 
 
 def refused(decision: Any, code: str, *says: str) -> None:
@@ -158,6 +159,11 @@ def test_an_edited_report_is_not_what_the_journal_says(chain: Chain) -> None:
     refused(chain.decide(), "report", "report.json", "measurements.toxicity.degeneration.upper")
     (chain.run / "report.json").unlink()
     refused(chain.decide(), "report", "is missing")
+
+
+def test_a_report_of_another_version_of_the_statistics(chain: Chain) -> None:
+    edit_json(chain.run / "report.json", lambda report: report.update(statistics=VERSION + 1))
+    refused(chain.decide(), "report", f"version {VERSION + 1} of the statistics, this steelyard has {VERSION}")
 
 
 def test_an_old_report(chain: Chain) -> None:

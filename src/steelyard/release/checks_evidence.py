@@ -182,7 +182,10 @@ def _check_report(computed: Report, found: Any, where: str) -> Iterator[Finding]
         yield Finding("report", f"{where}: is missing: steelyard safety report writes it from the journal")
         return
     keys = differing_keys(computed.model_dump(mode="json"), found)
-    if isinstance(found, dict) and found.get("subject_digest") != computed.subject_digest:
+    if isinstance(found, dict) and found.get("statistics") != computed.statistics:
+        text = f"was computed with version {str(found.get('statistics'))[:20]} of the statistics, this steelyard has"
+        yield Finding("report", f"{where}: {text} {computed.statistics}: verify with a steelyard that has it")
+    elif isinstance(found, dict) and found.get("subject_digest") != computed.subject_digest:
         yield Finding("report", f"{where}: is the report of another model than {computed.subject_digest[:16]}")
     elif keys:
         yield Finding("report", f"{where}: is not what the journal says: {some(keys)} differ")

@@ -99,6 +99,7 @@ class Report(Strict):
     """Everything a reader needs, and nothing that the journals do not say. Format 1 knew no predecessor."""
 
     format: Literal[2] = 2
+    statistics: Literal[1]  # `statistics.VERSION`
     run: str
     subject: Subject
     subject_digest: str
@@ -162,6 +163,7 @@ def compute_report(
         for policy in policies
     ]
     return Report(
+        statistics=statistics.VERSION,
         run=plan.run,
         subject=plan.subject,
         subject_digest=plan.subject_digest,

@@ -6,6 +6,10 @@ Samples come in clusters (template families, whose prompts and whose samples of 
 less than as many samples of different families. Fewer than two clusters, no sample, or one without a cluster is a
 StatisticsError: nothing can be said then. How well the bounds hold: `benchmarks/bounds.py`.
 
+`VERSION` stands in every report, for whoever verifies one computes it again and wants the same numbers. A change that
+moves any published bound raises it, and keeps the older way of computing beside the new one: reports of older versions
+must still verify (CONTRIBUTING.md).
+
 Rates of independent items, where nothing is decided: `wilson` (two-sided, cards) and `clopper_pearson`.
 """
 
@@ -55,12 +59,15 @@ from steelyard.safety.statistics.rates import (
 )
 from steelyard.scorers.card import wilson
 
+VERSION = 1
+
 __all__ = [
     "CONFIDENCE",
     "DECLARED_CLUSTERS",
     "DECLARED_ICC",
     "MAX_SAMPLE",
     "RESAMPLES",
+    "VERSION",
     "Bound",
     "Declared",
     "Gap",
