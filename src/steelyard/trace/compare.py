@@ -268,7 +268,8 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
     log10_p, cosines, same = 0.0, [], 0
     for layer in chosen:
         gate, up = suspect.signatures(layer, neurons, reference.tokens)
-        our, test, mean = _best_layer(gate, up, reference, swap=model.guessed)
+        near = layer * reference.sizes.layers // max(there[-1] + 1, 1)
+        our, test, mean = _best_layer(gate, up, reference, near, swap=model.guessed)
         pairs[layer] = (our, test)
         log10_p += min(0.0, log10_matched(test) + np.log10(reference.sizes.layers * (2 if model.guessed else 1)))
         cosines.append(mean)
@@ -284,14 +285,19 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
     return Signature(log10_p, agreeing / could, float(np.mean(cosines)), permuted, direct < 0.5, pairs)
 
 
-def _best_layer(gate: Float32, up: Float32, reference: Reference, *, swap: bool) -> tuple[int, Matched, float]:
+def _best_layer(
+    gate: Float32, up: Float32, reference: Reference, near: int, *, swap: bool
+) -> tuple[int, Matched, float]:
+    """Our layer on which most neurons agree: sought outwards from `near`, until half of them do."""
     best: tuple[int, int, bool] = (-1, 0, False)
-    for layer in range(reference.sizes.layers):
+    for layer in sorted(range(reference.sizes.layers), key=lambda one: abs(one - near)):
         ours = reference.gate[layer].astype(np.float32), reference.up[layer].astype(np.float32)
         for swapped in (False, True) if swap else (False,):
             first, second = ours[::-1] if swapped else ours
             agree = int(((gate @ first.T).argmax(axis=1) == (up @ second.T).argmax(axis=1)).sum())
             best = max(best, (agree, layer, swapped))
+        if 2 * best[0] > len(gate):
+            break
     _, layer, swapped = best
     ours = reference.gate[layer].astype(np.float32), reference.up[layer].astype(np.float32)
     first, second = ours[::-1] if swapped else ours
