@@ -13,7 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
 
 from gguf_files import CONFIG, random_weights, write_gguf
-from hostile import put, safetensors_bytes
+from hostile import array, gguf_bytes, number, put, safetensors_bytes, string, tensor
 
 from steelyard.ledger.ledger import Ledger
 from steelyard.trace.digests import cast
@@ -22,7 +22,7 @@ from steelyard.trace.tensors import decode
 
 Weights = dict[str, np.ndarray[Any, Any]]
 SMALL: dict[str, Any] = CONFIG | {"num_hidden_layers": 4, "vocab_size": 300}
-__all__ = ["SMALL", "put", "safetensors_bytes", "write_gguf"]
+__all__ = ["SMALL", "array", "gguf_bytes", "number", "put", "safetensors_bytes", "string", "tensor", "write_gguf"]
 
 
 def weights(seed: int = 0, config: Mapping[str, Any] = SMALL) -> Weights:

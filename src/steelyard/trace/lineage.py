@@ -98,7 +98,8 @@ def trace(
         best = nearest(relations)
         answer = Answer(str(path), best.verdict if best else UNRELATED, best, relations)
     except FormatError as error:
-        answer = Answer(str(path), UNREADABLE, None, reason=str(error))
+        said = str(error)
+        answer = Answer(str(path), UNREADABLE, None, reason=said if str(path) in said else f"{path}: {said}")
     except OSError as error:
         answer = Answer(str(path), UNREADABLE, None, reason=f"{path}: cannot be read: {error.strerror}")
     read = tensors.bytes_read if tensors is not None else 0
