@@ -48,11 +48,13 @@ def write(
     return path
 
 
-def references(folder: Path, models: Mapping[str, tuple[str, Weights]]) -> list[Reference]:
+def references(
+    folder: Path, models: Mapping[str, tuple[str, Weights]], config: Mapping[str, Any] = SMALL
+) -> list[Reference]:
     """Registered models: name -> (kind, weights)."""
     with Ledger(folder / "workspace" / "ledger.sqlite") as ledger:
         for name, (kind, tensors) in models.items():
-            register(write(folder / name, tensors), name, kind=kind, ledger=ledger)
+            register(write(folder / name, tensors, config=config), name, kind=kind, ledger=ledger)
         return list(Registry.load(ledger).references)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -36,6 +37,7 @@ from steelyard.trace.elsewhere import trace_elsewhere
 from steelyard.trace.lineage import (
     DERIVED,
     EXACT,
+    LEVEL,
     QUANTISED,
     SAME,
     SIBLING,
@@ -48,7 +50,7 @@ from steelyard.trace.lineage import (
 )
 from steelyard.trace.registry import Reference
 from steelyard.trace.suspects import find_suspects, trace_all
-from steelyard.trace.tensors import in_memory
+from steelyard.trace.tensors import in_memory, open_tensors
 
 BASE = weights(0)
 RELEASE = rounded(noised(BASE, 0.01, seed=1))
@@ -110,6 +112,23 @@ def test_a_quantised_gguf(tmp_path: Path, registered: list[Reference], kind: str
     assert (answer.verdict, answer.nearest.name, answer.nearest.changes) == (QUANTISED, "release", ("quantised",))
 
 
+@pytest.mark.parametrize("ftype", ["Q4_K_M", "Q6_K", "Q3_K_S", "Q2_K"])
+def test_k_quants_as_llama_cpp_makes_them(tmp_path: Path, ftype: str) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    config = SMALL | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    ours = weights(0, config)
+    ours_alone = references(tmp_path / "registry", {"ours": ("release", ours)}, config)
+    source = write_gguf(tmp_path / "f32.gguf", config=config, weights=ours)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}")
+    out = tmp_path / "k.gguf"
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(options)) == 0
+    assert any(one.dtype.endswith("_K") for one in open_tensors(out).entries.values())
+    answer = trace(out, ours_alone)
+    assert (answer.verdict, answer.nearest.changes) == (QUANTISED, ("quantised",))
+    assert answer.nearest.log10_p < LEVEL
+
+
 def test_a_gguf_of_a_fine_tune_is_not_only_quantised(tmp_path: Path, registered: list[Reference]) -> None:
     tuned = noised(RELEASE, 0.05)
     answer = trace(write_gguf(tmp_path / "a.gguf", config=SMALL, weights=tuned, kind="Q8_0"), registered)
@@ -150,6 +169,17 @@ def test_a_permuted_and_rotated_copy_is_found(registered: list[Reference]) -> No
     assert found["release"].share == pytest.approx(1, abs=0.1)
     only = _memory(permuted(BASE), registered)
     assert (only["base"].changes, only["release"].verdict) == (("permuted",), SIBLING)
+    assert found["other"].verdict == UNRELATED
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_hidden_copy_is_found_after_quantising(tmp_path: Path, registered: list[Reference], kind: str) -> None:
+    hidden = rotated(permuted(RELEASE))
+    answer = trace(write_gguf(tmp_path / "a.gguf", config=SMALL, weights=hidden, kind=kind), registered)
+    found = _by_name(answer)
+    assert found["base"].verdict == DERIVED
+    assert found["base"].changes == ("rotated", "permuted", "quantised")
+    assert found["base"].log10_p < -50
     assert found["other"].verdict == UNRELATED
 
 

@@ -232,6 +232,7 @@ class _Found:
             found.append("vocabulary extended")
         if self.signature is not None:
             found += ["rotated"] * self.signature.rotated + ["permuted"] * self.signature.permuted
+            found += ["quantised"] * suspect.quantised
         matrices = [pair for pair in self.pairs if pair.ours.ndim == 2]
         if matrices and self.order is not None and self.signature is None:
             found += self._row_changes(suspect, matrices)
