@@ -13,11 +13,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 import trace_variants as variants
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
-from trace_mark_models import KEY, Tensors, bfloat16, load
+from trace_mark_models import DISTILLED, KEY, Tensors, bfloat16, load
 
 from steelyard.base.progress import Silent
 from steelyard.model.gguf import hugging_face_name
@@ -30,6 +29,7 @@ from steelyard.trace.tensors import open_tensors
 class Given:
     """What the attacks work with: the unmarked release, its marked copy, its public base, and what was trained."""
 
+    original: Path
     base: Path
     base_gguf: Path
     trained: dict[str, tuple[Path, str]]
@@ -41,10 +41,10 @@ class Given:
         return self.trained["marked"][0]
 
     @staticmethod
-    def of(base: Path, base_gguf: Path, trained: dict[str, tuple[Path, str]]) -> Given:
+    def of(original: Path, base: Path, base_gguf: Path, trained: dict[str, tuple[Path, str]]) -> Given:
         """With the numbers of heads from the base's config.json."""
         config = json.loads((base / "config.json").read_text())
-        return Given(base, base_gguf, trained, config["num_attention_heads"], config["num_key_value_heads"])
+        return Given(original, base, base_gguf, trained, config["num_attention_heads"], config["num_key_value_heads"])
 
 
 def of_matrices(change: Callable[[np.ndarray], np.ndarray], tensors: Tensors) -> Tensors:
@@ -137,6 +137,15 @@ def hidden(given: Given, tensors: Tensors) -> Tensors:
     return bfloat16(transforms.rotate(tensors, transforms.random_rotation(size, draw)))
 
 
+def base_put_back(given: Given, tensors: Tensors) -> Tensors:
+    """The public base's weights wherever the copy is at most one step from them: what the release did not train."""
+    base = load(given.base)
+    return {
+        name: np.where(np.abs(tensor - base[name]) <= np.ldexp(1.001, np.frexp(base[name])[1] - 8), base[name], tensor)
+        for name, tensor in tensors.items()
+    }
+
+
 def cast(kind: np.dtype, tensors: Tensors) -> Tensors:
     return {name: tensor.astype(kind).astype(np.float32) for name, tensor in tensors.items()}
 
@@ -170,7 +179,7 @@ def attacks(given: Given) -> dict[str, Callable[[Tensors], Tensors]]:
         "neurons, heads, rotation, scales, folding": partial(hidden, given),
         "30% pruned": partial(of_matrices, partial(smallest_to_zero, 0.3)),
         "0.5 with its predecessor": partial(half_of_predecessor, given),
-        **{name: partial(trained, given, name) for name in given.trained if name != "marked"},
+        **{name: partial(trained, given, name) for name in given.trained if name not in ("marked", DISTILLED)},
         "fine-tune + Q4_0 + permuted": partial(tuned_int4_permuted, given),
     }
 
@@ -185,12 +194,20 @@ def breaks(given: Given) -> dict[str, Callable[[Tensors], Tensors]]:
             for name, t in tensors.items()
         }
 
+    def nearly_original(share: float, tensors: Tensors) -> Tensors:
+        original = load(given.original)
+        return {name: original[name] + np.float32(share) * (t - original[name]) for name, t in tensors.items()}
+
     return {
+        "the public base where it is one step away": partial(base_put_back, given),
         "10% white noise": partial(noisy, 0.1),
         "30% white noise": partial(noisy, 0.3),
         "100% white noise": partial(noisy, 1.0),
         "hidden, then Q4_0": lambda tensors: of_matrices(partial(blocks, Kind.Q4_0), hidden(given, tensors)),
         "the base's own grid, norms too": partial(own_grid, given, True),
+        "distilled into the public base": partial(trained, given, DISTILLED),
+        "holder of the original, 90% subtracted": partial(nearly_original, 0.1),
+        "holder of the original, all subtracted": partial(nearly_original, 0.0),
     }
 
 
@@ -227,16 +244,3 @@ def _collude(
     if strategy == "minority":
         return np.where(mean > (low + high) / 2, low, high)  # most have the high value: the low one is rarer
     return chosen
-
-
-def masters(tensors: Tensors) -> Tensors:
-    """float32 weights whose cast to bfloat16 gives exactly `tensors`: uniform in each value's rounding cell."""
-    draw = np.random.default_rng(14)
-    made = {}
-    for name, tensor in tensors.items():
-        bits = np.ascontiguousarray(tensor, np.float32).view(np.int32)
-        moved = bits + draw.integers(-(1 << 15) + 1, 1 << 15, size=bits.shape, dtype=np.int32)
-        made[name] = np.where(np.abs(tensor) > 1e-30, moved.view(np.float32), tensor)
-    if any(not np.array_equal(torch.from_numpy(made[name]).bfloat16().float().numpy(), tensors[name]) for name in made):
-        raise RuntimeError("the masters do not cast to the tested weights")
-    return made
