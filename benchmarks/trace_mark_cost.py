@@ -230,8 +230,8 @@ _STATISTICS: Mapping[str, Callable[[Sequence[Change]], float]] = {
 
 def against(ours: Sequence[Change], theirs: Sequence[Change]) -> dict[str, Any]:
     """Ratio of each statistic, ours to theirs (of the loss: difference), with the 95% interval of a bootstrap over the
-    prompts and windows, which both share. It holds where every upper end says that we change less. The loss itself is no
-    part of that: its sign is chance, another one for each copy, and its size is in `loss_rms`."""
+    prompts and windows, which both share. It holds where every upper end says that we change less; but for the loss
+    itself, whose sign is chance, another one for each copy, and whose size is in `loss_rms`."""
     row: dict[str, Any] = {}
     for name, statistic in _STATISTICS.items():
         compare = np.subtract if name == "loss" else np.divide
