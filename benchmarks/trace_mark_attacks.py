@@ -81,10 +81,26 @@ def renamed(given: Given, _: Tensors) -> Tensors:
         return opened(Path(folder) / "out")
 
 
+def q4_k(matrix: np.ndarray) -> np.ndarray:
+    """Through llama.cpp's Q4_K and back, in rows of 256, whatever the matrix' rows."""
+    import llama_cpp
+
+    base = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so*"))))
+    base.ggml_quantize_chunk.restype = ctypes.c_size_t
+    flat = np.ascontiguousarray(matrix, np.float32).reshape(-1, 256)
+    out = np.empty((len(flat), 144), np.uint8)
+    source, target = (array.ctypes.data_as(ctypes.c_void_p) for array in (flat, out))
+    start, rows, width = (ctypes.c_int64(number) for number in (0, len(flat), 256))
+    base.ggml_quantize_chunk(int(Kind.Q4_K), source, target, start, rows, width, None)
+    return np.asarray(dequantize(out, Kind.Q4_K), np.float32).reshape(matrix.shape)
+
+
 def k_quants(given: Given, _: Tensors) -> Tensors:
     """llama.cpp's own quantisation to Q4_K_M; it falls back to Q5_0 where rows are no multiple of 256."""
     import llama_cpp
 
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "f16.gguf", Path(folder) / "q4_k.gguf"
         export_gguf(given.marked, source, "F16", progress=Silent())
@@ -92,6 +108,7 @@ def k_quants(given: Given, _: Tensors) -> Tensors:
         options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
         if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(options)):
             raise RuntimeError("llama.cpp could not quantise the marked copy")
+        llama_cpp.llama_log_set(ctypes.cast(None, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
         return opened(out)
 
 
@@ -175,7 +192,8 @@ def attacks(given: Given) -> dict[str, Callable[[Tensors], Tensors]]:
         "int8 (rows)": partial(of_matrices, int8_rows),
         **quantised,
         "Q4_1, the base's own grid": partial(own_grid, given, False),
-        "Q4_K_M (llama.cpp)": partial(k_quants, given),
+        "Q4_K, all matrices": partial(of_matrices, q4_k),
+        "Q4_K_M, as llama.cpp makes it": partial(k_quants, given),
         "neurons, heads, rotation, scales, folding": partial(hidden, given),
         "30% pruned": partial(of_matrices, partial(smallest_to_zero, 0.3)),
         "0.5 with its predecessor": partial(half_of_predecessor, given),

@@ -39,7 +39,7 @@ from steelyard.model.llama import LlamaConfig, from_tensors
 from steelyard.model.tokenizer import Tokenizer
 from steelyard.trace import watermark
 
-COPIES, TOKENS, WINDOW = 3, 32, 512
+COPIES, TOKENS, WINDOW = 2, 32, 512
 STRENGTHS = ((32, 16), (64, 32), (64, 64), (128, 64))  # entries of a matrix, and of a norm, of which one moves
 DRAWS = 2000  # of the bootstrap over prompts, or windows
 
@@ -70,7 +70,7 @@ class Text:
 
 
 CHOICE = Text("valid", 8, 8, 110, 140)
-REPORT = Text("test", 16, 8, 0, 100)
+REPORT = Text("test", 8, 8, 0, 100)
 
 
 @dataclass(frozen=True)
