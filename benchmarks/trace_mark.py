@@ -101,7 +101,17 @@ class Work:
         part |= {name: tensor for name, tensor in self.original.items() if tensor.ndim == 1}
         coalition = COALITION[:size]
         row = named(part, collusions(part, strategy, coalition), coalition)
-        return row | ({"holds": bool(row["named"]) and not row["framed"]} if size <= 10 else {})
+        return row | {"holds": bool(row["named"]) and not row["framed"]}
+
+    def colluded_until(self, strategy: str) -> Row:
+        """Larger and larger coalitions, until nobody is named; the row says how many are named of each."""
+        row: Row = {}
+        for size in (20, 50, 100, 200):
+            found = self.colluded(size, strategy)
+            row |= {f"of {size}": found["named"], "framed": row.get("framed", 0) + found["framed"]}
+            if not found["named"]:
+                break
+        return row
 
     def unmarked(self, path: Path) -> Row:
         """A model that nobody marked."""
@@ -152,10 +162,10 @@ def jobs(parts: Sequence[str], tables: Tables, given: Given, models: Path | None
         for table, plans in (("mark_p", attacks(given)), ("limits", breaks(given))):
             found |= {(table, name): ("attacked", name, table == "limits") for name in tables.lacks(table, plans)}
     if "collusions" in parts:
-        for size in (2, 5, 10, 20, 50, 100, 200):
-            table = "collusion" if size <= 10 else "limits"
-            rows = {f"{size} collude: {strategy}": ("colluded", size, strategy) for strategy in STRATEGIES}
-            found |= {(table, name): rows[name] for name in tables.lacks(table, rows)}
+        kinds = {f"{size} collude: {kind}": ("colluded", size, kind) for size in (2, 5, 10) for kind in STRATEGIES}
+        found |= {("collusion", name): kinds[name] for name in tables.lacks("collusion", kinds)}
+        kinds = {f"more collude: {kind}": ("colluded_until", kind) for kind in STRATEGIES}
+        found |= {("limits", name): kinds[name] for name in tables.lacks("limits", kinds)}
     if "innocents" in parts:
         others = [("the release itself", given.original, "")]
         others += innocents.independent(models) if models is not None else []
