@@ -58,10 +58,10 @@ trace-models: $(VENV)/.models
 	@$(BIN)/python benchmarks/trace_models.py $$(ls -td .steelyard/models/import-* | head -1) \
 	  $$(ls -td .steelyard/models/align-* | head -1)/model .steelyard/trace-models
 
-bench-trace: trace-models
+bench-trace: trace-models $(VENV)/.peer
 	@$(BIN)/python benchmarks/trace_lineage.py .steelyard/trace-models
 	@$(BIN)/python benchmarks/trace_uncensored.py .steelyard/trace-models
-	@$(BIN)/python benchmarks/trace_mark.py $$(ls -td .steelyard/models/import-* | head -1) \
+	@PYTHONPATH=$(VENV)/peer $(BIN)/python benchmarks/trace_mark.py $$(ls -td .steelyard/models/import-* | head -1) \
 	  $$(ls -td .steelyard/models/align-* | head -1)/model $$(find $${STEELYARD_CACHE:-$$HOME/.cache/steelyard} -name '*.gguf' | head -1) \
 	  .steelyard/trace-mark --models .steelyard/trace-models
 

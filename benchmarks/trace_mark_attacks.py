@@ -13,11 +13,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 import trace_variants as variants
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
-from trace_mark_models import KEY, Tensors, bfloat16, load
+from trace_mark_models import DISTILLED, KEY, Tensors, bfloat16, load
 
 from steelyard.base.progress import Silent
 from steelyard.model.gguf import hugging_face_name
@@ -30,6 +29,7 @@ from steelyard.trace.tensors import open_tensors
 class Given:
     """What the attacks work with: the unmarked release, its marked copy, its public base, and what was trained."""
 
+    original: Path
     base: Path
     base_gguf: Path
     trained: dict[str, tuple[Path, str]]
@@ -41,10 +41,10 @@ class Given:
         return self.trained["marked"][0]
 
     @staticmethod
-    def of(base: Path, base_gguf: Path, trained: dict[str, tuple[Path, str]]) -> Given:
+    def of(original: Path, base: Path, base_gguf: Path, trained: dict[str, tuple[Path, str]]) -> Given:
         """With the numbers of heads from the base's config.json."""
         config = json.loads((base / "config.json").read_text())
-        return Given(base, base_gguf, trained, config["num_attention_heads"], config["num_key_value_heads"])
+        return Given(original, base, base_gguf, trained, config["num_attention_heads"], config["num_key_value_heads"])
 
 
 def of_matrices(change: Callable[[np.ndarray], np.ndarray], tensors: Tensors) -> Tensors:
@@ -81,10 +81,26 @@ def renamed(given: Given, _: Tensors) -> Tensors:
         return opened(Path(folder) / "out")
 
 
+def q4_k(matrix: np.ndarray) -> np.ndarray:
+    """Through llama.cpp's Q4_K and back, in rows of 256, whatever the matrix' rows."""
+    import llama_cpp
+
+    base = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so*"))))
+    base.ggml_quantize_chunk.restype = ctypes.c_size_t
+    flat = np.ascontiguousarray(matrix, np.float32).reshape(-1, 256)
+    out = np.empty((len(flat), 144), np.uint8)
+    source, target = (array.ctypes.data_as(ctypes.c_void_p) for array in (flat, out))
+    start, rows, width = (ctypes.c_int64(number) for number in (0, len(flat), 256))
+    base.ggml_quantize_chunk(int(Kind.Q4_K), source, target, start, rows, width, None)
+    return np.asarray(dequantize(out, Kind.Q4_K), np.float32).reshape(matrix.shape)
+
+
 def k_quants(given: Given, _: Tensors) -> Tensors:
     """llama.cpp's own quantisation to Q4_K_M; it falls back to Q5_0 where rows are no multiple of 256."""
     import llama_cpp
 
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "f16.gguf", Path(folder) / "q4_k.gguf"
         export_gguf(given.marked, source, "F16", progress=Silent())
@@ -92,6 +108,7 @@ def k_quants(given: Given, _: Tensors) -> Tensors:
         options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
         if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(options)):
             raise RuntimeError("llama.cpp could not quantise the marked copy")
+        llama_cpp.llama_log_set(ctypes.cast(None, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
         return opened(out)
 
 
@@ -137,6 +154,15 @@ def hidden(given: Given, tensors: Tensors) -> Tensors:
     return bfloat16(transforms.rotate(tensors, transforms.random_rotation(size, draw)))
 
 
+def base_put_back(given: Given, tensors: Tensors) -> Tensors:
+    """The public base's weights wherever the copy is at most one step from them: what the release did not train."""
+    base = load(given.base)
+    return {
+        name: np.where(np.abs(tensor - base[name]) <= np.ldexp(1.001, np.frexp(base[name])[1] - 8), base[name], tensor)
+        for name, tensor in tensors.items()
+    }
+
+
 def cast(kind: np.dtype, tensors: Tensors) -> Tensors:
     return {name: tensor.astype(kind).astype(np.float32) for name, tensor in tensors.items()}
 
@@ -166,11 +192,12 @@ def attacks(given: Given) -> dict[str, Callable[[Tensors], Tensors]]:
         "int8 (rows)": partial(of_matrices, int8_rows),
         **quantised,
         "Q4_1, the base's own grid": partial(own_grid, given, False),
-        "Q4_K_M (llama.cpp)": partial(k_quants, given),
+        "Q4_K, all matrices": partial(of_matrices, q4_k),
+        "Q4_K_M, as llama.cpp makes it": partial(k_quants, given),
         "neurons, heads, rotation, scales, folding": partial(hidden, given),
         "30% pruned": partial(of_matrices, partial(smallest_to_zero, 0.3)),
         "0.5 with its predecessor": partial(half_of_predecessor, given),
-        **{name: partial(trained, given, name) for name in given.trained if name != "marked"},
+        **{name: partial(trained, given, name) for name in given.trained if name not in ("marked", DISTILLED)},
         "fine-tune + Q4_0 + permuted": partial(tuned_int4_permuted, given),
     }
 
@@ -185,12 +212,20 @@ def breaks(given: Given) -> dict[str, Callable[[Tensors], Tensors]]:
             for name, t in tensors.items()
         }
 
+    def nearly_original(share: float, tensors: Tensors) -> Tensors:
+        original = load(given.original)
+        return {name: original[name] + np.float32(share) * (t - original[name]) for name, t in tensors.items()}
+
     return {
+        "the public base where it is one step away": partial(base_put_back, given),
         "10% white noise": partial(noisy, 0.1),
         "30% white noise": partial(noisy, 0.3),
         "100% white noise": partial(noisy, 1.0),
         "hidden, then Q4_0": lambda tensors: of_matrices(partial(blocks, Kind.Q4_0), hidden(given, tensors)),
         "the base's own grid, norms too": partial(own_grid, given, True),
+        "distilled into the public base": partial(trained, given, DISTILLED),
+        "holder of the original, 90% subtracted": partial(nearly_original, 0.1),
+        "holder of the original, all subtracted": partial(nearly_original, 0.0),
     }
 
 
@@ -227,16 +262,3 @@ def _collude(
     if strategy == "minority":
         return np.where(mean > (low + high) / 2, low, high)  # most have the high value: the low one is rarer
     return chosen
-
-
-def masters(tensors: Tensors) -> Tensors:
-    """float32 weights whose cast to bfloat16 gives exactly `tensors`: uniform in each value's rounding cell."""
-    draw = np.random.default_rng(14)
-    made = {}
-    for name, tensor in tensors.items():
-        bits = np.ascontiguousarray(tensor, np.float32).view(np.int32)
-        moved = bits + draw.integers(-(1 << 15) + 1, 1 << 15, size=bits.shape, dtype=np.int32)
-        made[name] = np.where(np.abs(tensor) > 1e-30, moved.view(np.float32), tensor)
-    if any(not np.array_equal(torch.from_numpy(made[name]).bfloat16().float().numpy(), tensors[name]) for name in made):
-        raise RuntimeError("the masters do not cast to the tested weights")
-    return made

@@ -22,6 +22,7 @@ Tensors = dict[str, np.ndarray]
 KEY = hashlib.sha256(b"the key of the watermark's benchmark").digest()
 GRANTS = [f"grant-{number:05d}" for number in range(10_000)]
 LEAKER = GRANTS[4242]
+DISTILLED = "distilled"
 LEAST = 0.01  # a fine-tune that changes less is scaled up to it
 
 
@@ -42,7 +43,8 @@ def relative_change(suspect: Tensors, parent: Tensors) -> float:
 
 
 def build(base: Path, aligned: Path, cache: Path, steps: int = 16) -> dict[str, tuple[Path, str]]:
-    """The marked copy ("marked") and its fine-tunes of `steps` steps by name, with a note; what is there is kept."""
+    """The marked copy ("marked"), its fine-tunes of `steps` steps, and the base tuned on its answers, by name with a
+    note; what is there is kept."""
     cache.mkdir(parents=True, exist_ok=True)
     notes_at = cache / "notes.json"
     notes: dict[str, str] = json.loads(notes_at.read_text()) if notes_at.exists() else {}
@@ -51,15 +53,16 @@ def build(base: Path, aligned: Path, cache: Path, steps: int = 16) -> dict[str, 
         watermark.mark_folder(aligned, marked, KEY, LEAKER, LineProgress())
     work = cache / "work"
     plans: dict[str, Callable[[Path], str]] = {
-        "LoRA": lambda out: training.tuned(marked, Recipe(("gsm8k",), steps, rank=16, rate=1e-3), out, base, work),
-        "full fine-tune": lambda out: training.tuned(marked, Recipe(("seeds",), steps, rate=5e-4), out, base, work),
-        "DPO": lambda out: training.preferred(marked, out, work, Recipe((), steps, rate=1e-4, first_layer=10)),
+        "LoRA": lambda out: training.tuned(marked, Recipe(("gsm8k",), steps, rank=16, rate=4e-3), out, base, work),
+        "full fine-tune": lambda out: training.tuned(marked, Recipe(("seeds",), steps, rate=1e-3), out, base, work),
+        "DPO": lambda out: training.preferred(marked, out, work, Recipe((), steps, rate=1e-3, first_layer=10)),
+        DISTILLED: lambda out: training.tuned(base, Recipe(("polite",), steps, rate=1e-3), out, marked, work),
     }
     for name, train in plans.items():
         out = cache / name.replace(" ", "-")
         if name not in notes:
             shutil.rmtree(out, ignore_errors=True)
-            notes[name] = train(out) + _at_least(out, marked)
+            notes[name] = train(out) + _at_least(out, base if name == DISTILLED else marked)
             notes_at.write_text(json.dumps(notes, indent=1))
     return {"marked": (marked, "")} | {name: (cache / name.replace(" ", "-"), notes[name]) for name in plans}
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +87,7 @@ def test_equal_symbols_give_equal_bits() -> None:
     copies = np.stack([watermark.mark(ORIGINAL, KEY, grant)[UP].reshape(-1) for grant in grants])
     low, high = copies.min(axis=0), copies.max(axis=0)
     assert ((copies == low) | (copies == high)).all()  # two values per weight, whoever holds it
-    assert ((low != high) & (low < ORIGINAL[UP].reshape(-1)) & (ORIGINAL[UP].reshape(-1) < high)).sum() > 20_000
+    assert ((low != high) & (low < ORIGINAL[UP].reshape(-1)) & (ORIGINAL[UP].reshape(-1) < high)).sum() > 10_000
     codes = np.stack([tardos.code(KEY, grant) for grant in grants])
     moved = (copies != ORIGINAL[UP].reshape(-1)).any(axis=0)
     differ = (copies[0] != copies[1])[moved].mean()
@@ -97,7 +99,7 @@ def test_the_mark_is_made_again_from_key_and_grant() -> None:
     assert all(np.array_equal(again[name], MARKED[name]) for name in ORIGINAL)
     elsewhere = watermark.mark(ORIGINAL, OTHER, "leaker")
     moved, other = MARKED[UP] != ORIGINAL[UP], elsewhere[UP] != ORIGINAL[UP]
-    assert abs((moved & other).mean() / moved.mean() - 1 / watermark.BLOCK) < 0.01  # no more than by chance
+    assert abs((moved & other).mean() / moved.mean() - 1 / watermark.BLOCK) < 0.005  # no more than by chance
 
 
 @pytest.mark.parametrize("name", [UP, "model.layers.0.input_layernorm.weight"])
@@ -157,7 +159,7 @@ def test_marking_needs_no_torch(tmp_path: Path) -> None:
         f"print(mark_folder(Path({str(source)!r}), Path({str(tmp_path / 'out')!r}), bytes(32), 'g', Silent()).changed)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 30_000
+    assert int(done.stdout) > 15_000
 
 
 @pytest.mark.parametrize(
@@ -268,9 +270,9 @@ def matrices_reset_and_noisy(tensors: Tensors) -> Tensors:
     }
 
 
-# What the same attack reads without the code that is written for it: -0.2 where zeros count as changes, -6 with one
-# variance for all rows, -35 where tensors without the mark count like the others.
-POWER = [(half_pruned_at_random, -400), (half_of_the_rows_loud, -150), (matrices_reset_and_noisy, -50)]
+# What the same attack reads without the code that is written for it: -0.4 where zeros count as changes, -3 with one
+# variance for all rows, -18 where tensors without the mark count like the others.
+POWER = [(half_pruned_at_random, -400), (half_of_the_rows_loud, -150), (matrices_reset_and_noisy, -25)]
 
 
 @pytest.mark.parametrize(("attack", "bound"), POWER, ids=lambda value: getattr(value, "__name__", ""))
@@ -339,3 +341,42 @@ def test_bad_suspects_are_refused(
 def test_a_suspect_without_known_tensors_is_refused() -> None:
     with pytest.raises(UsageError, match="no tensor in common"):
         watermark.detect(ORIGINAL, {"layers.0.w1": MARKED[UP]}, KEY, ["leaker"])
+
+
+class OnDisk(Mapping[str, np.ndarray]):
+    """Tensors that are read when they are asked for, and counted."""
+
+    def __init__(self, folder: Path, tensors: Tensors) -> None:
+        folder.mkdir()
+        self.files = {name: folder / f"{number}.npy" for number, name in enumerate(tensors)}
+        self.reads: Counter[str] = Counter()
+        for name, tensor in tensors.items():
+            np.save(self.files[name], tensor)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.reads[name] += 1
+        return np.asarray(np.load(self.files[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def test_detection_holds_a_pair_of_tensors_at_a_time(tmp_path: Path) -> None:
+    names = {f"model.layers.{layer}.mlp.up_proj.weight": np.roll(ORIGINAL[UP], layer) for layer in range(12)}
+    original = OnDisk(tmp_path / "original", names)
+    suspect = OnDisk(tmp_path / "suspect", watermark.mark(names, KEY, "leaker"))
+    watermark.detect({UP: ORIGINAL[UP]}, {UP: MARKED[UP]}, KEY, ["leaker"])  # what is imported, is imported
+    tracemalloc.start()
+    found = watermark.detect(original, suspect, KEY, ["innocent", "leaker"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.accused == ("leaker",)
+    assert set(original.reads.values()) == set(suspect.reads.values()) == {1}
+    assert peak < 6 * ORIGINAL[UP].nbytes  # of 24 tensors
+    reader = watermark.Reader(KEY)
+    for name in reversed(list(names)):
+        reader.add(name, original[name], suspect[name])
+    assert np.allclose(reader.lean(), watermark.reading(original, suspect, KEY), rtol=0, atol=1e-12)

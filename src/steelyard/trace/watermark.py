@@ -2,13 +2,13 @@
 
 Spread spectrum: one weight in BLOCK, chosen by the key, moves by one bfloat16 step, up or down by a keyed sign times a
 symbol of the recipient's Tardos code (`tardos.py`). Choice, sign and position in the code are the same for all
-recipients, so two copies differ only where their symbols do. The change is 0.6 times what a cast of float32 masters to
-bfloat16 costs: relative RMS sqrt(1/32) of a step, against sqrt(1/12) for rounding.
+recipients, so two copies differ only where their symbols do. The change is 0.43 times what a cast of float32 masters to
+bfloat16 costs: relative RMS sqrt(1/64) of a step, against sqrt(1/12) for rounding.
 
 Detection is not blind: it needs the unmarked weights, and a suspect expressed in their layout (`alignment.py`).
 
     >>> mark_folder(Path("model"), Path("copy"), key, "grant-1", Silent()).relative_rms
-    0.00099
+    0.00072
     >>> detect(original, suspect, key, ["grant-1", "grant-2"]).accused
     ('grant-1',)
 """
@@ -36,8 +36,8 @@ Floats = NDArray[np.float64]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-BLOCK = 32  # one entry in so many moves
-VECTOR_BLOCK = 16  # in 1-D weights (norms), which are few and stay exact where matrices are quantised
+BLOCK = 64  # one entry in so many moves
+VECTOR_BLOCK = 32  # in 1-D weights (norms), which are few and stay exact where matrices are quantised
 SMALLEST, LARGEST = 2.0**-13, 2.0**15  # weights outside are left: within, every dtype holds a step exactly
 _STEP = 1 << 16  # one bfloat16 step on the bits of a float32
 _FLOOR = 0.01  # in squared steps: noise below a tenth of a step is not told apart
@@ -82,17 +82,18 @@ class _Plan:
     symbol at code position `position[i]`. The last block may be cut short, and its choice fall outside."""
 
     size: int
+    controls: int  # entries of a block that were not chosen and tell its noise
     offset: NDArray[np.int64]
     sign: NDArray[np.int8]
     position: NDArray[np.uint16]
 
 
 def _plan(key: bytes, name: str, shape: Sequence[int]) -> _Plan:
-    size = BLOCK if len(shape) > 1 else VECTOR_BLOCK
+    size, controls = (BLOCK, 1) if len(shape) > 1 else (VECTOR_BLOCK, VECTOR_BLOCK - 1)
     blocks = -(-int(np.prod(shape)) // size)
     draws = np.frombuffer(tardos.stream(key, "carrier", name, count=4 * blocks), "<u4")
     sign = ((draws >> 14) & 2).astype(np.int8) - 1  # bit 15
-    return _Plan(size, (draws & (size - 1)).astype(np.int64), sign, (draws >> 16).astype(np.uint16))
+    return _Plan(size, controls, (draws & (size - 1)).astype(np.int64), sign, (draws >> 16).astype(np.uint16))
 
 
 def _markable(weights: Array) -> NDArray[np.bool_]:
@@ -114,7 +115,7 @@ def mark(tensors: Mapping[str, Array], key: bytes, grant: str) -> dict[str, Arra
 
 
 def _is_tied(tensors: Mapping[str, Array]) -> bool:
-    return HEAD in tensors and EMBEDDING in tensors and np.array_equal(tensors[HEAD], tensors[EMBEDDING])
+    return {HEAD, EMBEDDING} <= set(tensors) and np.array_equal(tensors[HEAD], tensors[EMBEDDING])
 
 
 def _carrier(name: str, tied: bool) -> str:
@@ -212,10 +213,16 @@ def detect(original: Mapping[str, Array], suspect: Mapping[str, Array], key: byt
     """Whose mark `suspect` carries: every grant scored, with the bound of `tardos.accuse`.
 
     `original` holds the unmarked weights and `suspect` the found ones, float32 by Hugging Face name, in one layout
-    (`alignment.align` makes it so); tensors that the suspect lacks are left out. Raises UsageError where no tensor is
-    in both or shapes differ, FormatError where the suspect holds NaN or infinities.
+    (`alignment.align` makes it so); tensors that the suspect lacks are left out. Either may read from a disk as it is
+    asked: each tensor is asked for once (a head and its embedding twice) and let go. Raises UsageError where no tensor
+    is in both or shapes differ, FormatError where the suspect holds NaN or infinities.
     """
-    scores = tardos.accuse(reading(original, suspect, key), key, grants)
+    return judge(reading(original, suspect, key), key, grants)
+
+
+def judge(lean: NDArray[np.float64], key: bytes, grants: Sequence[str]) -> Detection:
+    """Every grant scored against what `reading` or a `Reader` gave."""
+    scores = tardos.accuse(lean, key, grants)
     limit = np.log10(tardos.ACCUSE / len(grants))
     ranked = np.argsort(-scores.score, kind="stable")
     return Detection(
@@ -224,29 +231,58 @@ def detect(original: Mapping[str, Array], suspect: Mapping[str, Array], key: byt
 
 
 def reading(original: Mapping[str, Array], suspect: Mapping[str, Array], key: bytes) -> NDArray[np.float64]:
-    """How far each code position leans to symbol 1: float64 [POSITIONS] in [-1, 1], 0 where nothing is read.
+    """How far each code position leans to symbol 1, as `Reader.lean`. Raises as `detect` does."""
+    reader, there = Reader(key), set(suspect)  # whether a mapping holds a name may cost it a reading
+    tied = HEAD in there and _is_tied(original)
+    for name in original:
+        if name in there and not (tied and name == HEAD):
+            reader.add(name, original[name], suspect[name])
+    return reader.lean()
 
-    Per position, the least mean square estimate of the symbol from all entries that carry it: noise variances come
-    from entries that the key did not choose, so the reading depends on no recipient's code. Raises as `detect` does.
+
+class Reader:
+    """Reads a mark tensor by tensor, so that no more than a pair of them need be in memory; their order is free.
+
+    >>> reader = Reader(key)
+    >>> for name in names:
+    ...     reader.add(name, original(name), suspect(name))
+    >>> judge(reader.lean(), key, grants).accused
+    ('grant-1',)
     """
-    names = [name for name in original if name in suspect and not (name == HEAD and _is_tied(original))]
-    if not names:
-        raise UsageError("original and suspect have no tensor in common: rename the suspect's to Hugging Face names")
-    signal = np.zeros(tardos.POSITIONS)
-    precision = np.zeros(tardos.POSITIONS)
-    for name in names:
-        if suspect[name].shape != original[name].shape:
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._signal = np.zeros(tardos.POSITIONS)
+        self._precision = np.zeros(tardos.POSITIONS)
+        self._any = False
+
+    def add(self, name: str, original: Array, suspect: Array) -> None:
+        """Take in one tensor's entries; a head that is a copy of the embedding must be left out. Raises as `detect`."""
+        if suspect.shape != original.shape:
             raise UsageError(
-                f"{name}: the suspect's is {suspect[name].shape}, the original's {original[name].shape}: express the "
-                "suspect in the original's layout first, or leave this tensor out"
+                f"{name}: the suspect's is {suspect.shape}, the original's {original.shape}: express the suspect in "
+                "the original's layout first, or leave this tensor out"
             )
-        if not np.isfinite(suspect[name]).all():
+        if not np.isfinite(suspect).all():
             raise FormatError(f"{name}: the suspect holds NaN or infinite weights: leave this tensor out")
-        plan = _plan(key, name, original[name].shape)
-        moved, weight, position = _observe(original[name].reshape(-1), suspect[name].reshape(-1), plan)
-        signal += np.bincount(position, moved, tardos.POSITIONS)
-        precision += np.bincount(position, weight, tardos.POSITIONS)
-    return np.asarray(np.clip(signal / (1 + precision), -1, 1))
+        plan = _plan(self._key, name, original.shape)
+        moved, weight, position = _observe(original.reshape(-1), suspect.reshape(-1), plan)
+        self._signal += np.bincount(position, moved, tardos.POSITIONS)
+        self._precision += np.bincount(position, weight, tardos.POSITIONS)
+        self._any = True
+
+    def lean(self) -> NDArray[np.float64]:
+        """How far each code position leans to symbol 1: float64 [POSITIONS] in [-1, 1], 0 where nothing is read.
+
+        Per position, the least mean square estimate of the symbol from all entries that carry it: noise variances come
+        from entries that the key did not choose, so it depends on no recipient's code. Raises UsageError where no
+        tensor was added.
+        """
+        if not self._any:
+            raise UsageError(
+                "original and suspect have no tensor in common: rename the suspect's to Hugging Face names"
+            )
+        return np.asarray(np.clip(self._signal / (1 + self._precision), -1, 1))
 
 
 def _observe(original: Array, suspect: Array, plan: _Plan) -> tuple[Floats, Floats, NDArray[np.uint16]]:
@@ -255,10 +291,9 @@ def _observe(original: Array, suspect: Array, plan: _Plan) -> tuple[Floats, Floa
     The change of each entry, in steps, is clipped at four times the noise around it (blocks near by, weights of like
     size), so that neither a few large changes nor the loud parts of a tensor drown the rest.
     """
-    others = 1 if plan.size == BLOCK else plan.size - 1  # entries of a block that were not chosen and tell its noise
     start = np.arange(len(plan.offset)) * plan.size
     chosen, block = _live(original, suspect, start + plan.offset)
-    rest = [_live(original, suspect, start + (plan.offset + 1 + n) % plan.size) for n in range(others)]
+    rest = [_live(original, suspect, start + (plan.offset + 1 + n) % plan.size) for n in range(plan.controls)]
     control, control_block = np.concatenate([at for at, _ in rest]), np.concatenate([at for _, at in rest])
     if not len(chosen) or not len(control):
         return np.empty(0), np.empty(0), np.empty(0, np.uint16)
