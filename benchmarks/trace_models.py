@@ -384,8 +384,15 @@ def main() -> None:
         add_to_index(index, [first | given, second | given])
     for part in parts:
         build(cache, "adapters.json" if part == "adapters" else "index.json", cache.part(part))
-    counts = Counter(truth for *_, truth in pairs(read_index(index)))
-    print(f"{index}: pairs {dict(counts)}")
+    rows = read_index(index)
+    counts = Counter((truth, "small" in suspect["family"]) for suspect, _, truth in pairs(rows))
+    for (truth, small), number in sorted(counts.items()):
+        print(
+            f"{number} pairs {truth}, of {'small models trained from nothing' if small else 'the release and its base'}"
+        )
+    for row in rows:
+        if not row.get("counted", True):
+            print(f"not counted, changed by under {LEAST:.0%}: {row['name']} ({row['relative_change']:.2%})")
 
 
 if __name__ == "__main__":
