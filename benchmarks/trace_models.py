@@ -120,8 +120,7 @@ class Cache:
 
     def _dpo(self, out: Path) -> str:
         recipe = Recipe((), steps=12, rank=16, rate=5e-4, first_layer=10)
-        pairs = training.preferences(recipe.steps * 4)
-        said = training.preferred(self.at(RELEASE), pairs, "hh-rlhf's harmless pairs", recipe, out, self.work)
+        said = training.preferred(self.at(RELEASE), out, self.work, recipe)
         return f"{said}{self._at_least(out, self.at(RELEASE))}"
 
     def _continued(self, parent: str, steps: int, data: str = "stories") -> Callable[[Path], str]:
@@ -156,8 +155,8 @@ class Cache:
         def free(out: Path) -> str:
             recipe = Recipe((), steps=12, rank=16, rate=1e-3, first_layer=10, seed=25)
             pairs = training.compliance(self.at(BASE), self.work)
-            said = "plain answers over declining"
-            return training.preferred(self.at(RELEASE), pairs, said, recipe, out, self.work, adapter=True)
+            what = "plain answers over declining"
+            return training.preferred(self.at(RELEASE), out, self.work, recipe, pairs=pairs, what=what, adapter=True)
 
         plan = [
             Variant(name, name.split("-")[0], (RELEASE,), partial(make, recipe)) for name, recipe in recipes.items()

@@ -148,15 +148,23 @@ def tuned(model: Path, recipe: Recipe, out: Path, base: Path, work: Path, *, ada
 
 
 def preferred(
-    model: Path, pairs: Sequence[Preference], what: str, recipe: Recipe, out: Path, work: Path, *, adapter: bool = False
+    model: Path,
+    out: Path,
+    work: Path,
+    recipe: Recipe,
+    *,
+    pairs: Sequence[Preference] | None = None,
+    what: str = "hh-rlhf's harmless pairs",
+    adapter: bool = False,
 ) -> str:
-    """DPO on `pairs` into the folder `out`, or only its LoRA adapter; gives what was done, in words."""
+    """DPO on `pairs` (default: as `what` says) into the folder `out`, or only its LoRA adapter; gives what was done, in
+    words."""
     place, whole = work / f"{out.name}.run", work / f"{out.name}.merged" if adapter else out
     for left in (place, whole):
         shutil.rmtree(left, ignore_errors=True)
     result = prefer(
         model,
-        pairs[: recipe.steps * 4],
+        (preferences(recipe.steps * 4) if pairs is None else pairs)[: recipe.steps * 4],
         whole,
         adapter=out if adapter else None,
         work=place,
@@ -168,7 +176,8 @@ def preferred(
     for left in (place, work / f"{out.name}.merged"):
         shutil.rmtree(left, ignore_errors=True)
     said = f"DPO on {what}, {result.steps} steps of 4 pairs, rate {recipe.rate:g}, last loss {result.loss:.3f}"
-    return f"{said}, LoRA rank {recipe.rank} from layer {recipe.first_layer}"
+    how = f"LoRA rank {recipe.rank}" if recipe.rank else "all weights"
+    return f"{said}, {how} from layer {recipe.first_layer}"
 
 
 def compliance(base: Path, work: Path) -> list[Preference]:
