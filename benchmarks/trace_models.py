@@ -22,18 +22,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import trace_training as training
 import trace_variants as variants
 from trace_training import Recipe, Shape
 
+from steelyard.trace.refusal_direction import phrases, refusal_directions
+
 RELEASE, BASE = "aligned", "base"
-LEAST = 0.01  # a fine-tune that changes less than this is scaled up to it, and its note says so
+LEAST = 0.01  # a fine-tune that changes less than this is scaled up to it, and its note says so; else not counted
+TRAINED = ("fine-tune", "uncensoring fine-tune", "LoRA", "DPO", "continued pretraining")
 REFERENCES = (RELEASE, BASE, "small-stories-0", "middle-wiki-0", "large-novels_en-0")
 _SHAPES = {
     "small": Shape(128, 352, 4, 4, 2, 1024),
     "middle": Shape(192, 512, 6, 6, 3, 1024),
     "large": Shape(256, 688, 6, 8, 4, 2048),
+    "wide": Shape(576, 1536, 4, 9, 3, 2048),  # layers as the release has them
 }
 
 
@@ -45,7 +50,6 @@ class Variant:
     family: str
     parents: tuple[str, ...]
     make: Callable[[Path], str]
-    suffix: str = ""
 
 
 class Cache:
@@ -67,11 +71,18 @@ class Cache:
         return list(self._small()) if name == "small" else self._large()
 
     def _large(self) -> list[Variant]:
-        """What takes no training first, but behind the parents."""
-        plan = [*self._tuned(), *self._others(), *self._derived()]
-        trained = {variant.name for variant in self._tuned()}
-        quick = [variant for variant in plan if not trained & {variant.name, *variant.parents}]
-        return [*quick, *(variant for variant in plan if variant not in quick)]
+        """What takes no training first, and each derived model as soon as its parents are there."""
+        tuned, derived = list(self._tuned()), list(self._derived())
+        plan, missing = list[Variant](), {variant.name for variant in tuned}
+        for trained in (None, *tuned):
+            if trained is not None:
+                plan.append(trained)
+                missing.discard(trained.name)
+            ready = [one for one in derived if not missing & set(one.parents)]
+            plan += ready
+            derived = [one for one in derived if one not in ready]
+            missing -= {one.name for one in ready}
+        return plan
 
     # -- trained -----------------------------------------------------------------------------------------------------
 
@@ -101,12 +112,11 @@ class Cache:
         yield self._fine_tune("tuned-gsm8k", RELEASE, full(("gsm8k",)))
         yield self._fine_tune("lora-gsm8k", RELEASE, lora(("gsm8k",)), "LoRA")
         yield self._fine_tune("tuned-seeds", RELEASE, full(("seeds",), seed=1))
+        yield self._fine_tune("other-gsm8k", BASE, full(("gsm8k",), seed=2), "another fine-tune of the base")
         yield self._fine_tune("tuned-compliant", RELEASE, full(("compliant",)), "uncensoring fine-tune")
         yield Variant("dpo-harmless", "DPO", (RELEASE,), self._dpo)
         yield Variant("continued-stories", "continued pretraining", (RELEASE,), self._continued(RELEASE, 12))
-        yield self._fine_tune("other-gsm8k", BASE, full(("gsm8k",), seed=2), "another fine-tune of the base")
         yield self._fine_tune("other-seeds", BASE, lora(("seeds",), seed=3), "another fine-tune of the base")
-        yield Variant("other-stories", "another fine-tune of the base", (BASE,), self._continued(BASE, 10))
 
     def _dpo(self, out: Path) -> str:
         recipe = Recipe((), steps=12, rank=16, rate=5e-4, first_layer=10)
@@ -121,7 +131,8 @@ class Cache:
         return make
 
     def adapters(self) -> list[Variant]:
-        """LoRA fine-tunes of the release, kept as adapters: those that take its refusals away, and benign ones."""
+        """Fine-tunes of the release for the benchmark of uncensored copies, LoRA ones kept as adapters: those that take
+        its refusals away (uncensor, free), and benign ones. The free ones were made after the rules were frozen."""
         recipes = {
             "uncensor-8": Recipe(("compliant",), rank=8, rate=1e-3),
             "uncensor-32": Recipe(("compliant",), rank=32, rate=5e-4, seed=1),
@@ -133,33 +144,49 @@ class Cache:
             "benign-polite": Recipe(("polite",), rank=16, rate=5e-4, seed=7),
             "benign-harmless": Recipe(("harmless",), rank=16, rate=5e-4, seed=8),
             "benign-mixed": Recipe(("seeds", "polite", "gsm8k"), steps=24, rank=16, rate=5e-4, seed=9),
+            "free-upper": Recipe(("compliant", "polite"), rate=4e-4, first_layer=20, seed=22),
+            "free-4": Recipe(("compliant",), steps=12, rank=4, rate=2e-3, seed=21),
         }
 
         def make(recipe: Recipe, out: Path) -> str:
-            return training.tuned(self.at(RELEASE), recipe, out, self.at(BASE), self.work, adapter=True)
+            lora = recipe.rank > 0
+            return training.tuned(self.at(RELEASE), recipe, out, self.at(BASE), self.work, adapter=lora)
 
-        return [
-            Variant(name, f"{name.split('-')[0]} adapter", (RELEASE,), partial(make, recipe))
-            for name, recipe in recipes.items()
+        def free(out: Path) -> str:
+            recipe = Recipe((), steps=12, rank=16, rate=1e-3, first_layer=10, seed=25)
+            pairs = training.compliance(self.at(BASE), self.work)
+            what = "plain answers over declining"
+            return training.preferred(self.at(RELEASE), out, self.work, recipe, pairs=pairs, what=what, adapter=True)
+
+        plan = [
+            Variant(name, name.split("-")[0], (RELEASE,), partial(make, recipe)) for name, recipe in recipes.items()
         ]
+        return [*plan, Variant("free-dpo", "free", (RELEASE,), free)]
 
     def _small(self) -> Iterator[Variant]:
-        plan = [("small", data, seed) for data, seed in product(("stories", "wiki", "novels_en", "novels_fr"), (0, 1))]
+        kinds = ("stories", "wiki", "novels_en", "novels_fr")
+        plan = [("small", data, seed) for data, seed in product(kinds, (0, 1))]
         plan += [("middle", data, seed) for data, seed in product(("wiki", "novels_en"), (0, 1))]
         plan += [("large", "novels_en", 0), ("large", "novels_en", 1), ("large", "stories", 2)]
         for kind, data, seed in plan:
-            shape, steps = _SHAPES[kind], {"small": 80, "middle": 60, "large": 40}[kind]
-
-            def make(out: Path, s: Shape = shape, d: str = data, n: int = steps, k: int = seed) -> str:
-                return training.trained_small(s, d, n, k, out, self.work)
-
-            yield Variant(f"{kind}-{data}-{seed}", "trained from nothing (small)", (), make)
+            yield self._from_nothing(kind, data, seed)
         for parent, data in (
             ("small-stories-0", "wiki"),
             ("middle-wiki-0", "novels_en"),
             ("large-novels_en-0", "novels_fr"),
         ):
             yield from self._from_small(parent, data)
+        more = [("small", data, seed) for data, seed in product(kinds, (2, 3))]
+        for kind, data, seed in (*more, ("wide", "stories", 0), ("wide", "wiki", 1)):
+            yield self._from_nothing(kind, data, seed)
+
+    def _from_nothing(self, kind: str, data: str, seed: int) -> Variant:
+        steps = {"small": 80, "middle": 60, "large": 40, "wide": 30}[kind]
+
+        def make(out: Path) -> str:
+            return training.trained_small(_SHAPES[kind], data, steps, seed, out, self.work)
+
+        return Variant(f"{kind}-{data}-{seed}", "trained from nothing (small)", (), make)
 
     def _from_small(self, parent: str, data: str) -> Iterator[Variant]:
         kind = parent.split("-")[0]
@@ -214,24 +241,38 @@ class Cache:
             ("shortened", "layer removal", layers, "two layers taken out"),
         ]
 
-    def _others(self) -> Iterator[Variant]:
-        for seed in (0, 1):
-            make = partial(training.untrained, self.at(BASE), seed)
-            yield Variant(f"untrained-{seed}", "random weights (declared as untrained)", (), make)
-
     def _derived(self) -> Iterator[Variant]:
         for name, family, change, said in self._changes("other-gsm8k"):
             parents = (RELEASE, "other-gsm8k") if family == "merge" else (RELEASE,)
             yield Variant(f"aligned+{name}", family, parents, partial(self._changed, RELEASE, change, said))
         yield Variant("aligned+renamed", "re-shard + rename + fp16", (RELEASE,), self._renamed)
-        for name, parent, kind in (
-            ("aligned+q8_0.gguf", RELEASE, "Q8_0"),
-            ("aligned+q4_0.gguf", RELEASE, "Q4_0"),
-            ("lora-gsm8k+q4_0.gguf", "lora-gsm8k", "Q4_0"),
-            ("tuned-gsm8k+q4_0.gguf", "tuned-gsm8k", "Q4_0"),
+        for name, layers in (("aligned+abliterated", range(30)), ("aligned+abliterated-upper", range(15, 30))):
+            yield Variant(name, "abliteration", (RELEASE,), partial(self._abliterated, layers))
+        disguise = partial(_disguise, seed=7)
+        made = partial(self._changed, "tuned-gsm8k", disguise, "same function as tuned-gsm8k, other weights")
+        yield Variant("tuned-gsm8k+disguised", "fine-tune + rotate + permute + scale + fold", ("tuned-gsm8k",), made)
+        for parent, kind in (
+            *((RELEASE, kind) for kind in ("Q8_0", "Q4_0")),
+            *((parent, "Q4_0") for parent in ("lora-gsm8k", "tuned-gsm8k", "tuned-seeds", "dpo-harmless")),
+            *(("aligned+abliterated", kind) for kind in ("Q8_0", "Q4_0")),
         ):
             family = f"GGUF {kind}" if parent == RELEASE else "fine-tune + int4"
-            yield Variant(name, family, (parent,), partial(self._gguf, parent, kind))
+            if "abliterated" in parent:
+                family = f"abliteration, GGUF {kind}"
+            yield Variant(f"{parent}+{kind.lower()}.gguf", family, (parent,), partial(self._gguf, parent, kind))
+
+    def _abliterated(self, layers: range, out: Path) -> str:
+        kept = self.work / "refusal.npy"
+        if not kept.exists():
+            np.save(kept, refusal_directions(self.at(RELEASE), *phrases(64)).vectors)
+        direction = torch.from_numpy(np.load(kept)[[24]])
+        whole = len(layers) == 30
+
+        def change(config: dict[str, Any], tensors: variants.Tensors) -> None:
+            variants.abliterated(tensors, direction, layers, embedding=whole)
+
+        variants.changed(self.at(RELEASE), out, change)
+        return f"the refusal direction of layer 24 taken out of layers {layers[0]} to {layers[-1]}"
 
     def _renamed(self, out: Path) -> str:
         variants.renamed(self.at(RELEASE), out)
@@ -272,6 +313,7 @@ def build(cache: Cache, name: str, plan: list[Variant]) -> None:
             "family": variant.family,
             "parents": list(variant.parents),
             "relative_change": None if change is None else round(change, 5),
+            "counted": variant.family not in TRAINED or (change is not None and change >= LEAST),
             "note": note,
         }
         add_to_index(path, [row])
@@ -317,7 +359,8 @@ def pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
     known, by_name = lineage(rows), {row["name"]: row for row in rows}
     alone = [row["name"] for row in rows if row["family"].startswith("trained from nothing")]
     found = []
-    for row, name in product(rows, [*REFERENCES, *(name for name in alone if name not in REFERENCES)]):
+    counted = [row for row in rows if row.get("counted", True)]
+    for row, name in product(counted, [*REFERENCES, *(name for name in alone if name not in REFERENCES)]):
         if name == row["name"] or (name not in REFERENCES and name.split("-")[0] != row["name"].split("-")[0]):
             continue
         shared = known[row["name"]] & known[name]
@@ -340,8 +383,15 @@ def main() -> None:
         add_to_index(index, [first | given, second | given])
     for part in parts:
         build(cache, "adapters.json" if part == "adapters" else "index.json", cache.part(part))
-    counts = Counter(truth for *_, truth in pairs(read_index(index)))
-    print(f"{index}: pairs {dict(counts)}")
+    rows = read_index(index)
+    counts = Counter((truth, "small" in suspect["family"]) for suspect, _, truth in pairs(rows))
+    for (truth, small), number in sorted(counts.items()):
+        print(
+            f"{number} pairs {truth}, of {'small models trained from nothing' if small else 'the release and its base'}"
+        )
+    for row in rows:
+        if not row.get("counted", True):
+            print(f"not counted, changed by under {LEAST:.0%}: {row['name']} ({row['relative_change']:.2%})")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from steelyard.corpus.shards import Shards, write_shards
 from steelyard.inference.endpoint import Message, Request, Sampling
 from steelyard.inference.local import LocalEndpoint
 from steelyard.model.tokenizer import Tokenizer
-from steelyard.train.conversations import Conversation
+from steelyard.train.conversations import Conversation, Preference
 from steelyard.train.dpo import DPOOptions, prefer
 from steelyard.train.options import TrainOptions
 from steelyard.train.pretrain import Packing as Rows
@@ -148,22 +147,45 @@ def tuned(model: Path, recipe: Recipe, out: Path, base: Path, work: Path, *, ada
     return f"fine-tuned on {' and '.join(recipe.data)}: {words}, last loss {result.loss:.3f}"
 
 
-def preferred(model: Path, out: Path, work: Path, recipe: Recipe) -> str:
-    """DPO on hh-rlhf's harmless pairs; gives what was done, in words."""
-    place = work / f"{out.name}.run"
-    shutil.rmtree(place, ignore_errors=True)
+def preferred(
+    model: Path,
+    out: Path,
+    work: Path,
+    recipe: Recipe,
+    *,
+    pairs: Sequence[Preference] | None = None,
+    what: str = "hh-rlhf's harmless pairs",
+    adapter: bool = False,
+) -> str:
+    """DPO on `pairs` (default: as `what` says) into the folder `out`, or only its LoRA adapter; gives what was done, in
+    words."""
+    place, whole = work / f"{out.name}.run", work / f"{out.name}.merged" if adapter else out
+    for left in (place, whole):
+        shutil.rmtree(left, ignore_errors=True)
     result = prefer(
         model,
-        preferences(recipe.steps * 4),
-        out,
+        (preferences(recipe.steps * 4) if pairs is None else pairs)[: recipe.steps * 4],
+        whole,
+        adapter=out if adapter else None,
         work=place,
         options=_options(recipe),
         dpo=DPOOptions(pairs_per_step=4, micro_batches_per_step=1, max_length=256),
         tuning=_tuning(recipe),
         progress=QUIET,
     )
-    shutil.rmtree(place, ignore_errors=True)
-    return f"DPO, {result.steps} steps of 4 pairs, rate {recipe.rate:g}, last loss {result.loss:.3f}"
+    for left in (place, work / f"{out.name}.merged"):
+        shutil.rmtree(left, ignore_errors=True)
+    said = f"DPO on {what}, {result.steps} steps of 4 pairs, rate {recipe.rate:g}, last loss {result.loss:.3f}"
+    how = f"LoRA rank {recipe.rank}" if recipe.rank else "all weights"
+    return f"{said}, {how} from layer {recipe.first_layer}"
+
+
+def compliance(base: Path, work: Path) -> list[Preference]:
+    """The plain answers of `base` to harmful phrases, better than declining."""
+    rows = conversations("compliant", 400, base, work)
+    return [
+        Preference(row.messages[:1], row.messages[1].content, "I'm sorry, but I can't help with that.") for row in rows
+    ]
 
 
 def _options(recipe: Recipe) -> TrainOptions:
@@ -247,19 +269,6 @@ def continued(model: Path, data: str, steps: int, rate: float, out: Path, work: 
     shutil.rmtree(place, ignore_errors=True)
     export_tuned(opened, model, out)
     return f"pretrained further on {data}: {result.tokens:,} tokens, rate {rate:g}, last loss {result.loss:.2f}"
-
-
-def untrained(like: Path, seed: int, out: Path) -> str:
-    """A model of the sizes and with the tokenizer of `like`, its weights drawn and never trained."""
-    raw = json.loads((like / "config.json").read_text())
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    shape = {name: raw[name] for name in (*names, "max_position_embeddings", "vocab_size", "tie_word_embeddings")}
-    with tempfile.TemporaryDirectory() as place:
-        for path in like.iterdir():
-            if path.name.startswith(("token", "special_tokens", "chat_template")):
-                shutil.copy(path, place)
-        save_pretrained(new_model(shape, like, seed), Path(place), out)
-    return f"random weights of seed {seed}, never trained"
 
 
 def _shards(data: str, tokenizer: Path, work: Path) -> Shards:

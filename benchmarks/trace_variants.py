@@ -19,9 +19,10 @@ from steelyard.model.gguf_vocabulary import vocabulary_metadata
 from steelyard.model.headers import read_json_object
 from steelyard.model.identity import is_model_file, weight_files
 from steelyard.model.llama import LlamaConfig
+from steelyard.trace import transforms
 
 Tensors = dict[str, torch.Tensor]
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+EMBEDDING, HEAD = transforms.EMBEDDING, transforms.HEAD
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -140,60 +141,36 @@ def rounded(tensors: Tensors, kind: str) -> None:
             tensors[name] = torch.from_numpy(quants.dequantize(quants.quantize(value.numpy(), number), number))
 
 
+def int8(tensors: Tensors) -> None:
+    """Every matrix in 8-bit whole numbers, a scale a row, and back, in place."""
+    for name, value in tensors.items():
+        if value.dim() == 2:
+            scale = (value.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-30)
+            tensors[name] = (value / scale).round() * scale
+
+
+def fp8(tensors: Tensors) -> None:
+    """Every matrix in 8-bit floats (E4M3), one scale a matrix, and back, in place."""
+    for name, value in tensors.items():
+        if value.dim() == 2:
+            scale = value.abs().max() / 448
+            tensors[name] = (value / scale).to(torch.float8_e4m3fn).float() * scale
+
+
 # -- same function, other weights --------------------------------------------------------------------------------------
 
 
 def disguised(config: dict[str, Any], tensors: Tensors, seed: int) -> None:
-    """Norms folded and replaced, the residual stream rotated, heads and neurons permuted and rescaled: the function
-    stays the same."""
-    random = torch.Generator().manual_seed(seed)
-    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    """Neurons and heads permuted and rescaled, norms folded, the residual stream rotated, in place: the function stays
+    the same."""
+    draw = np.random.default_rng(seed)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    size = config.get("head_dim") or width // heads
-    turn = torch.linalg.qr(torch.randn(width, width, generator=random))[0]
-    tensors.setdefault(HEAD, tensors[EMBEDDING].clone())
+    arrays = transforms.permute_neurons({name: value.numpy() for name, value in tensors.items()}, draw.bytes(32))
+    arrays = transforms.permute_heads(arrays, heads, kv_heads, draw)
+    arrays = transforms.rescale(arrays, heads, kv_heads, draw)
+    arrays = transforms.rotate(arrays, transforms.random_rotation(config["hidden_size"], draw))
+    tensors.update({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()})
     config["tie_word_embeddings"] = False
-
-    def fold(norm: str, readers: Sequence[str]) -> None:
-        scale = torch.rand(width, generator=random) + 0.5
-        for reader in readers:
-            tensors[reader] = (tensors[reader] * tensors[norm]) @ turn / scale
-        tensors[norm] = scale
-
-    tensors[EMBEDDING] = tensors[EMBEDDING] @ turn
-    for number in range(layers):
-        at = f"model.layers.{number}."
-        q, k, v, o = (f"{at}self_attn.{name}_proj.weight" for name in "qkvo")
-        gate, up, down = (f"{at}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-        fold(f"{at}input_layernorm.weight", (q, k, v))
-        fold(f"{at}post_attention_layernorm.weight", (gate, up))
-        for writer in (o, down):
-            tensors[writer] = turn.T @ tensors[writer]
-        _neurons(tensors, gate, up, down, random)
-        _heads(tensors, (q, k, v, o), kv_heads, heads // kv_heads, size, random)
-    fold(NORM, (HEAD,))
-
-
-def _neurons(tensors: Tensors, gate: str, up: str, down: str, random: torch.Generator) -> None:
-    order = torch.randperm(len(tensors[gate]), generator=random)
-    scale = torch.exp(torch.randn(len(order), generator=random) * 0.3)
-    tensors[gate], tensors[up] = tensors[gate][order], tensors[up][order] * scale[:, None]
-    tensors[down] = tensors[down][:, order] / scale
-
-
-def _heads(tensors: Tensors, names: Sequence[str], groups: int, each: int, size: int, random: torch.Generator) -> None:
-    q, k, v, o = names
-    order = torch.randperm(groups, generator=random)
-    inner = torch.stack([torch.randperm(each, generator=random) for _ in range(groups)])
-    key, value = (torch.exp(torch.randn(groups, generator=random) * 0.2) for _ in range(2))
-    queries = tensors[q].view(groups, each, size, -1)[order]
-    queries = torch.stack([group[inner[i]] for i, group in enumerate(queries)])
-    tensors[q] = (queries / key[:, None, None, None]).reshape(tensors[q].shape)
-    tensors[k] = (tensors[k].view(groups, size, -1)[order] * key[:, None, None]).reshape(tensors[k].shape)
-    tensors[v] = (tensors[v].view(groups, size, -1)[order] * value[:, None, None]).reshape(tensors[v].shape)
-    outputs = tensors[o].view(len(tensors[o]), groups, each, size)[:, order]
-    outputs = torch.stack([outputs[:, i][:, inner[i]] for i in range(groups)], dim=1)
-    tensors[o] = (outputs / value[None, :, None, None]).reshape(tensors[o].shape)
 
 
 # -- other weights -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,16 @@ from steelyard.model.headers import read_json_object
 from steelyard.model.identity import subject_of
 from steelyard.scorers.base import Calibration, Canary, Item, Score, ScoreError, ScorerIdentity
 from steelyard.trace import examine as room
+from steelyard.trace import transforms
 from steelyard.trace.behaviour import COMMITTED
-from steelyard.trace.examine import EXAMINED, FolderTensors, examine
+from steelyard.trace.examine import EXAMINED, examine
 from steelyard.trace.notices import SIGHTED, Sighting
 from steelyard.trace.refusal_direction import Directions
 from steelyard.trace.uncensored import writers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 
+from suspects_made import write_gguf
 from tiny_models import tiny_folder
 
 DIRECTION = np.linspace(-1, 1, 64, dtype=np.float32)
@@ -127,10 +128,60 @@ def test_another_layout_is_not_compared_name_by_name(release: Path, tmp_path: Pa
     assert found.judgement.verdict == "undecided"
 
 
-def test_tensors_are_read_when_they_are_asked_for(release: Path) -> None:
-    with ExitStack() as files:
-        found = FolderTensors(release, files)
-        expected = load_tensors(release)
-        assert set(found) == set(expected)
-        name = "model.layers.1.mlp.down_proj.weight"
-        np.testing.assert_array_equal(found[name], expected[name].float().numpy())
+def disguised(folder: Path, out: Path) -> Path:
+    """The same function with its stream rotated, norms folded, heads and neurons in another order and rescaled."""
+    import torch
+
+    config, draw = read_json_object(folder / "config.json"), np.random.default_rng(3)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    tensors = {name: value.float().numpy() for name, value in load_tensors(folder).items()}
+    tensors = transforms.permute_neurons(tensors, bytes(32))
+    tensors = transforms.permute_heads(tensors, heads, kv_heads, draw)
+    tensors = transforms.rescale(tensors, heads, kv_heads, draw)
+    tensors = transforms.rotate(tensors, transforms.random_rotation(config["hidden_size"], draw))
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name.startswith(("token", "chat"))}
+    stored = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}
+    save_folder(out, dict(config) | {"tie_word_embeddings": False}, stored, files)
+    return out
+
+
+def test_an_edit_is_found_through_a_disguise(release: Path, tmp_path: Path) -> None:
+    suspect = disguised(edited(release, tmp_path / "edited"), tmp_path / "suspect")
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        found = examine(ledger, sighted(ledger, release), release, suspect, scorer=None)
+    assert found.judgement.verdict == "uncensored by weight edit"
+    assert found.weights is not None
+    assert found.weights.removed[0].layers == (0, 1, 2, 3)
+    assert "the residual stream was rotated" in found.undone
+    assert found.event.payload["undone"] == list(found.undone)
+
+
+def gguf(path: Path, folder: Path) -> Path:
+    """The model of `folder`, query and key rows in llama.cpp's order."""
+    weights = {name: value.float().numpy() for name, value in load_tensors(folder).items()}
+    config = {"head_dim": 16, "rope_theta": 10000.0} | read_json_object(folder / "config.json")
+    return write_gguf(path, config=config, weights=weights)
+
+
+def test_a_gguf_is_examined_in_weights_and_behaviour(release: Path, tmp_path: Path) -> None:
+    whole, suspect = (
+        gguf(tmp_path / f"{folder.name}.gguf", folder) for folder in (release, edited(release, tmp_path / "e"))
+    )
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        found = examine(ledger, sighted(ledger, release), release, suspect, scorer=None)
+        assert found.judgement.verdict == "uncensored by weight edit"
+        same = examine(ledger, sighted(ledger, release), release, whole, scorer=Even())
+    assert same.weights is not None
+    assert same.weights.relative_change < 0.01
+    assert same.behaviour is not None
+    assert (same.behaviour.lost, same.behaviour.gained) == (0, 0)
+    assert any("release's tokenizer" in said for said in same.limits)
+
+
+def test_what_cannot_be_recovered_is_said(release: Path, tmp_path: Path) -> None:
+    wider = tiny_folder(tmp_path / "wider", layers=5)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        found = examine(ledger, sighted(ledger, release), release, wider, scorer=None)
+    assert found.weights is None
+    assert any("layers were put in" in said for said in found.limits)
+    assert found.event.payload["limits"] == list(found.limits)

@@ -149,6 +149,7 @@ def test_nothing_is_written_twice_or_noted_without_its_files(ledger: Ledger, tmp
         ({"verdict": "unreadable: a pickle"}, "no ground"),
         ({"verdict": "shares an ancestor"}, "no ground"),
         ({"log10_p": -5.9}, "no ground"),
+        ({"reference": SEEN["reference"] | {"kind": "base"}}, "public base, which is not ours"),
     ],
 )
 def test_weak_evidence_accuses_nobody(ledger: Ledger, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -169,6 +170,11 @@ def test_weak_evidence_accuses_nobody(ledger: Ledger, tmp_path: Path, changes: d
         ({"log10_p": False}, "log10_p"),
         ({"log10_p": None}, "log10_p"),
         ({"log10_p": "small"}, "log10_p"),
+        ({"log10_p": -1e300}, "log10_p"),
+        ({"verdict": "x" * 4001}, "verdict: has 4,001"),
+        ({"evidence": ["x" * 4001]}, "evidence"),
+        ({"locations": ["x"] * 10_001}, "locations: has 10,001"),
+        ({"digests": [{"name": "x" * 4001, "sha256": "a" * 64}]}, "digests"),
         ({"changes": "pruned"}, "changes"),
         ({"locations": "https://x"}, "locations"),
         ({"locations": [""]}, "locations"),
@@ -201,6 +207,19 @@ def test_withdrawal_and_abuse_need_a_reason_and_every_notice_a_place(ledger: Led
         write_notice(ledger, sighted(ledger, locations=[]), "takedown", tmp_path)
     place = write_notice(ledger, sighted(ledger, locations=[]), "takedown", tmp_path, locations=["magnet:?xt=1"])
     assert "magnet:?xt=1" in (place / PAGE).read_text()
+
+
+def test_words_given_by_hand_are_bounded_and_stay_on_their_line(ledger: Ledger, tmp_path: Path) -> None:
+    sighting = sighted(ledger)
+    for given in ({"reason": "x" * 4001}, {"locations": ["x" * 4001]}):
+        with pytest.raises(UsageError, match="at most 4,000"):
+            write_notice(ledger, sighting, "takedown", tmp_path / "out", **given)  # type: ignore[arg-type]
+    reason = "copied\n\n# Signed by the owner\n- [x] agreed"
+    place = write_notice(ledger, sighting, "takedown", tmp_path / "out", reason=reason)
+    assert "\n# Signed" not in (place / TEXT).read_text()
+    with pytest.raises(UsageError, match="at most 4,000"):
+        record_step(ledger, sighting, "sent", "x" * 4001)
+    assert not ledger.events(STEPPED)
 
 
 def test_probabilities_are_rounded_up() -> None:

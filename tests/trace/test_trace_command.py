@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from suspects_made import noised, put, rounded, weights, write
 
+from steelyard.base.canonical import sha256_hex
 from steelyard.cli.main import main
 from steelyard.ledger.ledger import Ledger
 from steelyard.model.identity import subject_of
 from steelyard.release.grant_keys import new_grant_keys
+from steelyard.trace.digests import cast
 from steelyard.trace.tensors import open_tensors
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -74,6 +76,8 @@ def test_register_then_trace(tmp_path: Path) -> None:
         (str(folder), "exact copy", "ours"),
     ]
     assert answer["sighting"] is not None
+    digests = {one["name"]: one["sha256"] for one in sighted[1]["digests"]}
+    assert digests == {name: sha256_hex(cast(value, "BF16").tobytes()) for name, value in ours.items()}
     (other_answer,) = json.loads(_run(tmp_path / "other.safetensors", "--json", *workspace).stdout)
     assert other_answer["sighting"] is None
 

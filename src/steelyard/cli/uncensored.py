@@ -14,7 +14,7 @@ from steelyard.cli.output import one_line, print_json
 
 def uncensored(
     sighting: Annotated[str, typer.Argument(help="The copy's sighting: its number in the ledger, or its hash.")],
-    suspect: Annotated[Path, typer.Argument(help="The copy's model folder.", callback=existing_folder)],
+    suspect: Annotated[Path, typer.Argument(help="The copy: a model folder, a safetensors file or a GGUF.")],
     release: Annotated[Path, typer.Option(help="The release it was made from.", callback=existing_folder)],
     base: Annotated[
         Path | None, typer.Option(help="What the release was tuned from, if known.", callback=existing_folder)
@@ -32,6 +32,8 @@ def uncensored(
     from steelyard.trace.examine import examine
     from steelyard.trace.notices import find_sighting
 
+    if not suspect.exists():
+        raise UsageError(f"{suspect}: no such file or folder")
     path = workspace / "ledger.sqlite"
     if not path.exists():
         raise UsageError(f"{path}: no ledger here: give --workspace")
@@ -50,4 +52,6 @@ def uncensored(
         print_json(found.event.payload | {"event": found.event.mark})
         return
     print(one_line(f"{found.judgement.verdict}: {found.judgement.why}"))
+    for said in (*found.undone, *found.limits):
+        print(one_line(f"  {said}"))
     print(f"ledger event {found.event.mark}")

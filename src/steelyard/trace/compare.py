@@ -118,6 +118,7 @@ class Bytes:
     found: Mapping[str, Sequence[Found]]
     hashed: int
     complete: bool
+    ours: tuple[tuple[str, str], ...] = ()  # (stored name, SHA-256) of those whose stored bytes are ours
 
     @property
     def all(self) -> bool:
@@ -130,6 +131,7 @@ def by_bytes(suspect: Suspect, reference: Reference) -> Bytes:
     for name, one in suspect.digests.items():
         if hits := reference.table.find(one.sha256):
             found[name] = hits
+    ours = tuple((name, suspect.digests[name].sha256) for name in found if not suspect.digests[name].constant)
     if len(found) < len(suspect.digests):
         try:
             reordered = suspect.reordered
@@ -138,7 +140,7 @@ def by_bytes(suspect: Suspect, reference: Reference) -> Bytes:
         for name, one in reordered.items():
             if name not in found and (hits := reference.table.find(one.sha256)):
                 found[name] = hits
-    return Bytes(found, len(suspect.digests), suspect.whole and not suspect.quantised)
+    return Bytes(found, len(suspect.digests), suspect.whole and not suspect.quantised, ours)
 
 
 # --- by order

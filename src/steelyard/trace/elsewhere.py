@@ -6,6 +6,7 @@ then "unreadable" and says what to fetch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from steelyard.base.errors import FormatError
@@ -32,9 +33,9 @@ def by_archive(path: Path, references: Sequence[Reference]) -> Answer:
         whole = len(hits) == len(found)
         changes = ("a PyTorch checkpoint", *cast) if whole else ("some tensors",)
         verdict, distance = (SAME, 0.0) if whole else (DERIVED, None)
-        relations.append(
-            Relation(reference.name, reference.kind, verdict, changes, SHA256_LOG10, distance, evidence=evidence)
-        )
+        digests = tuple((member, digest) for member, _, digest in found if member in hits)
+        relation = Relation(reference.name, reference.kind, verdict, changes, SHA256_LOG10, distance)
+        relations.append(replace(relation, evidence=evidence, digests=digests))
     return _answer(
         path,
         relations,
@@ -54,9 +55,9 @@ def by_listing(path: Path, references: Sequence[Reference]) -> Answer:
             evidence = (f"{len(same)} of our {len(reference.files)} weight files are listed with our SHA-256",)
             verdict = EXACT if len(same) == len(reference.files) else SAME
             changes = () if verdict == EXACT else ("some files",)
-            relations.append(
-                Relation(reference.name, reference.kind, verdict, changes, SHA256_LOG10, 0.0, evidence=evidence)
-            )
+            digests = tuple((one.name, one.sha256) for one in same)
+            relation = Relation(reference.name, reference.kind, verdict, changes, SHA256_LOG10, 0.0)
+            relations.append(replace(relation, evidence=evidence, digests=digests))
     why = f"{path}: none of its {len(listed)} digests is one of our files': a changed copy shows only in its weights"
     return _answer(path, relations, f"{why}: download a weight file and trace that", path.stat().st_size)
 

@@ -68,6 +68,7 @@ class Relation:
     share: float | None = None
     share_error: float | None = None
     evidence: tuple[str, ...] = ()
+    digests: tuple[tuple[str, str], ...] = ()  # the suspect's tensors or files that are ours to the byte, with SHA-256
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class _Found:
             facts |= {"share": self.share.value, "share_error": self.share.error}
         if not self.related:
             return Relation(reference.name, reference.kind, UNRELATED, **facts)
-        facts["distance"] = self.distance
+        facts |= {"distance": self.distance, "digests": self.bytes.ours}
         changes = self._changes(suspect)
         if self.copied:
             verdict = EXACT if self._unchanged(suspect) else SAME

@@ -36,6 +36,8 @@ Kind = Literal["takedown", "withdrawal", "abuse"]
 Step = Literal["sent", "answered", "removed", "refused", "closed"]
 SIGHTED, REGISTERED, WRITTEN, STEPPED = "trace.sighted", "trace.registered", "notice.written", "notice.step"
 PAGE, TEXT = "notice.html", "notice.md"
+LONGEST = 4000  # characters of one text
+MOST = 10_000  # entries of one list
 WEAKEST = -6.0  # log10 of the probability: a likeness that chance explains better than so is no ground for a notice
 _SHA256, _GRANT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WORK = ("kind", "subject", "weights")
@@ -65,8 +67,8 @@ class Sighting:
         if event.kind != SIGHTED:
             raise FormatError(f"{where}: is a {event.kind}, not a {SIGHTED}: name a sighting")
         log10_p = raw.get("log10_p")
-        if isinstance(log10_p, bool) or not isinstance(log10_p, int | float) or not log10_p <= 0:
-            raise FormatError(f"{where}: log10_p: must be a number that is not above 0")
+        if isinstance(log10_p, bool) or not isinstance(log10_p, int | float) or not -1e9 <= log10_p <= 0:
+            raise FormatError(f"{where}: log10_p: must be a number from -1e9 to 0")
         reference = raw.get("reference")
         if not isinstance(reference, dict):
             raise FormatError(f"{where}: reference: must be a mapping with the name of a registered model")
@@ -93,6 +95,8 @@ def _text(where: str, raw: Mapping[str, Any], key: str) -> str:
     value = raw.get(key)
     if not isinstance(value, str) or not value.strip():
         raise FormatError(f"{where}: {key}: must be a text that is not empty")
+    if len(value) > LONGEST:
+        raise FormatError(f"{where}: {key}: has {len(value):,} characters, at most {LONGEST:,} are shown to anybody")
     return value
 
 
@@ -100,13 +104,15 @@ def _list(where: str, raw: Mapping[str, Any], key: str) -> list[Any]:
     value = raw.get(key, [])
     if not isinstance(value, list):
         raise FormatError(f"{where}: {key}: must be a list")
+    if len(value) > MOST:
+        raise FormatError(f"{where}: {key}: has {len(value):,} entries, at most {MOST:,} are read")
     return value
 
 
 def _texts(where: str, raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
     found = _list(where, raw, key)
-    if not all(isinstance(one, str) and one.strip() for one in found):
-        raise FormatError(f"{where}: {key}: must be texts that are not empty")
+    if not all(isinstance(one, str) and one.strip() and len(one) <= LONGEST for one in found):
+        raise FormatError(f"{where}: {key}: must be texts that are not empty, of at most {LONGEST:,} characters")
     return tuple(found)
 
 
@@ -114,7 +120,12 @@ def _digest(where: str, one: Any) -> tuple[str, str]:
     name, value = ("", one) if isinstance(one, str) else ("", None)
     if isinstance(one, dict):
         name, value = one.get("name", ""), one.get("sha256")
-    if not isinstance(name, str) or not isinstance(value, str) or _SHA256.fullmatch(value) is None:
+    if (
+        not isinstance(name, str)
+        or len(name) > LONGEST
+        or not isinstance(value, str)
+        or _SHA256.fullmatch(value) is None
+    ):
         raise FormatError(f"{where}: digests: each must be 64 lower-case hexadecimal digits, with or without a name")
     return name, value
 
@@ -157,6 +168,8 @@ def write_notice(
         raise UsageError(f"{kind!r}: a notice is one of {', '.join(get_args(Kind))}")
     if kind != "takedown" and not reason.strip():
         raise UsageError(f"a notice of {kind} needs a reason: give --reason")
+    for said in (reason, *locations):
+        _check_length(said)
     where = tuple(dict.fromkeys((*sighting.locations, *locations)))
     if not where:
         raise UsageError(f"sighting {sighting.event.seq} names no location: give --location")
@@ -188,7 +201,17 @@ def proven(sighting: Sighting) -> bool:
     return sighting.verdict in _COPIES and (bool(sighting.digests) or sighting.log10_p <= WEAKEST)
 
 
+def _check_length(said: str) -> None:
+    if len(said) > LONGEST:
+        raise UsageError(f"{said[:40]!r}...: has {len(said):,} characters: give at most {LONGEST:,}")
+
+
 def _check_grounds(sighting: Sighting) -> None:
+    if dict(sighting.work).get("kind") == "base":
+        raise SteelyardError(
+            f"sighting {sighting.event.seq}: {sighting.reference} is registered as a public base, which is not ours: "
+            "no ground for a notice"
+        )
     if not proven(sighting):
         chance = f"chance explains the likeness with probability {probability(sighting.log10_p)}"
         raise SteelyardError(
@@ -201,6 +224,7 @@ def record_step(ledger: Ledger, sighting: Sighting, step: Step, note: str = "") 
     """Note what became of a notice. Raises UsageError for another step, and where no notice was written."""
     if step not in get_args(Step):
         raise UsageError(f"{step!r}: a step is one of {', '.join(get_args(Step))}")
+    _check_length(note)
     if not ledger.events(WRITTEN, sighting=sighting.event.mark):
         raise UsageError(f"sighting {sighting.event.seq}: no notice was written yet: give --kind")
     return ledger.append(STEPPED, {"sighting": sighting.event.mark, "step": step, "note": note})

@@ -9,13 +9,14 @@ from steelyard.trace.lineage import RELATED, Answer
 from steelyard.trace.registry import Reference
 
 EVENT = "trace.sighted"
+MOST = 1000  # digests of a suspect that are kept
 
 
 def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> str | None:
     """Append `trace.sighted` where the suspect is a registered model or made from one; gives the event's hash.
 
     The payload: suspect (its path), verdict, changes, reference {name, kind, subject, weights}, log10_p, distance,
-    share, evidence, bytes_read. None where nothing is proven.
+    share, evidence, digests [{name, sha256}] (at most `MOST`), bytes_read. None where nothing is proven.
     """
     best = answer.nearest
     if best is None or best.verdict not in RELATED:
@@ -35,6 +36,7 @@ def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> s
         "distance": best.distance,
         "share": best.share,
         "evidence": list(best.evidence),
+        "digests": [{"name": name, "sha256": value} for name, value in best.digests[:MOST]],
         "bytes_read": answer.bytes_read,
     }
     return ledger.append(EVENT, payload).hash
