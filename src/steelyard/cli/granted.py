@@ -208,6 +208,10 @@ def name(
         found = name_grant(book, suspect, release, secret, now=datetime.now(UTC), progress=progress)
         (folder / "evidence.json").write_bytes(found.to_json())
         (folder / "evidence.md").write_bytes(found.to_markdown().encode())
+        for one in found.named:
+            (folder / one.grant.id).mkdir()
+            for name, data in one.papers.items():
+                (folder / one.grant.id / name).write_bytes(data)
     if as_json:
         print_json(found.to_dict())
     elif found.named:

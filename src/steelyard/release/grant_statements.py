@@ -33,6 +33,7 @@ COPY = "steelyard:marked-copy/v1"
 RECEIPT = "steelyard:grant-receipt/v1"
 REVOCATION = "steelyard:grant-revocation/v1"
 COMMITMENT_LIMIT = 20_000  # bytes
+LOUDEST = 0.0016  # relative RMS change of a copy: what a cast of float32 masters to bf16 costs
 FRAMED = (
     "The mark says from which grant's copy these weights came. It does not say who passed them on: a holder of the "
     "release keys could also have made or leaked this copy."
