@@ -201,6 +201,7 @@ CASES: dict[str, Case] = {
     "for another manifest": (lambda c: c.remake(commitment=lambda m: m.update(manifest=OTHER)), "its manifest is not"),
     "under another licence": (lambda c: reviewed(c, "licence"), "its licence is not"),
     "until another day": (lambda c: c.remake(statement=predicate(expires=at(99))), "its expires is not"),
+    "kept another time": (lambda c: c.remake(statement=predicate(retain_days=9)), "its retain_days is not"),
     "longer than it was given": (
         lambda c: c.remake(commitment=lambda m: m.update(expires=at(365)), statement=predicate(expires=at(365))),
         "lasts longer than its reviewers gave",

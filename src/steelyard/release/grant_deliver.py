@@ -251,6 +251,7 @@ def _attest(
     perplexity = None if measure.text is None else measure_perplexity(bundle, folder, measure.text, progress)
     battery = None if measure.run is None else measured_battery(measure.run, folder, grant.wanted.subject)
     papers = source_papers(bundle)
+    committed, commitment = read_commitment(book, grant)
     test = parse_test_result(read_envelope(papers[SOURCE_TEST], SOURCE_TEST)[0], SOURCE_TEST)
     copy = MarkedCopy(
         grant=grant.id,
@@ -264,11 +265,12 @@ def _attest(
         commitment=grant.commitment,
         licence=grant.licence,
         expires=stamp(grant.expires),
+        retain_days=commitment.retain_days,
         signed=stamp(now),
         key_kind=keys.card.kind,
         version=__version__,
     )
-    papers[COMMITMENT] = read_commitment(book, grant)[0]
+    papers[COMMITMENT] = committed
     for name, data in zip((COUNTERSIGNATURE, TIMESTAMP), read_witness(book, grant.id), strict=True):
         if data is not None:
             papers[name] = data

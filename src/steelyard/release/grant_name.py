@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ class NamedGrant:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found. `named` is empty where nobody is named; `files`: name and SHA-256 of the suspect's."""
+    """What was found. `named` is empty where nobody is named; `files`: name and SHA-256 of the suspect's; `sighting`:
+    the number of the ledger's event from which a notice can be written, where somebody is named."""
 
     suspect: str
     files: tuple[tuple[str, str], ...]
@@ -67,6 +68,7 @@ class Evidence:
     named: tuple[NamedGrant, ...]
     mark: str
     time: str
+    sighting: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -175,7 +177,24 @@ def name_grant(
         grants=[one.grant.id for one in named],
         evidence=sha256_hex(evidence.to_json()),
     )
-    return evidence
+    return replace(evidence, sighting=_sighted(book, evidence, bundle)) if named else evidence
+
+
+def _sighted(book: Book, evidence: Evidence, bundle: Path) -> int:
+    """Note the copy as sighted, as `trace.notices` reads it: with ids of grants, and nobody's name."""
+    known = book.ledger.events("trace.registered", weights=evidence.weights)
+    work = {"kind": "release", "subject": evidence.subject, "weights": evidence.weights}
+    least = min(one.log10_p for one in evidence.named) + math.log10(evidence.grants)
+    payload = {
+        "suspect": evidence.suspect,
+        "verdict": "derived",
+        "changes": [] if evidence.found == "nothing" else [evidence.found],
+        "reference": {"name": str(known[-1].payload["name"]) if known else bundle.resolve().name, **work},
+        "log10_p": min(least, 0.0),
+        "evidence": [METHOD, f"The evidence has the SHA-256 {sha256_hex(evidence.to_json())}.", FRAMED],
+        "grants": [one.grant.id for one in evidence.named],
+    }
+    return book.ledger.append("trace.sighted", payload).seq
 
 
 def _in_words(found: alignment.Found) -> str:

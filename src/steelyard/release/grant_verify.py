@@ -198,6 +198,7 @@ class _Work:
             ("manifest", commitment.manifest, copy.derived_from.manifest),
             ("licence", commitment.licence, copy.licence),
             ("expires", commitment.expires, copy.expires),
+            ("retain_days", commitment.retain_days, copy.retain_days),
         ):
             if said != wanted:
                 yield Finding("commitment", f"{COMMITMENT}: its {name} is not what the copy's statement says")

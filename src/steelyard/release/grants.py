@@ -146,7 +146,8 @@ def review(
         envelope = sign(payload(about, word), signer)
         _, findings = check_reviews({**there, path.name: envelope}, about, trust, now, _asker(sealed))
         # Too few so far is no fault of this one; a refusal may be added, a review that does not count may not.
-        raise_for([f for f in findings if f.message.startswith(f"{path.name}: ") and f.code != "refused"], path.name)
+        mine = [f for f in findings if f.message.startswith(f"{path.name}: ") and f.code != "refused"]
+        raise_for(mine, f"request {request.id}")
         if not trust.grants.needed:
             raise_for(findings, request.id)
         write_atomic(path, envelope)
@@ -182,6 +183,7 @@ def issue(
             mark=mark.fingerprint,
             reviews=tuple(sha256_hex(data) for data in reviews.values()),
             public=request.public,
+            retain_days=request.retain.days,
             issued=stamp(now),
             expires=stamp(now + timedelta(days=min(review.days for review in approvals))),
         )
@@ -190,7 +192,7 @@ def issue(
             write_atomic(folder / name, data)
         book.note(
             "issued",
-            **commitment.model_dump(mode="json", exclude={"format", "request", "reviews"}),
+            **commitment.model_dump(mode="json", exclude={"format", "request", "reviews", "retain_days"}),
             request=request.id,
             commitment=sha256_hex(commitment.to_bytes()),
         )
