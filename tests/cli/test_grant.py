@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,14 @@ def test_the_whole_way(run: Run, desk: Desk, tmp_path: Path) -> None:
     said = run("grant", "name", tmp_path / "mine", *release, "--out", tmp_path / "evidence")
     assert f"named: {grant}" in said
     assert grant in (tmp_path / "evidence" / "evidence.md").read_text()
+    assert (tmp_path / "evidence" / grant / "commitment.dsse.json").is_file()
+    sighting = re.search(r"sighting (\d+); next: steelyard notice", said)
+    assert sighting is not None
+    notice = ("--kind", "takedown", "--location", "https://example.org/leak", "--out", tmp_path / "notices")
+    run("notice", sighting[1], *notice)
+    text = (tmp_path / "notices" / f"sighting-{sighting[1]}-takedown" / "notice.md").read_text()
+    assert grant in text
+    assert "Lovelace" not in text
     run("grant", "revoke", grant, "--key", "bob", *trust, "--reason", "moved on")
     revoked = desk.root / "grants" / "issued" / grant / "revocation.dsse.json"
     assert "moved on" in run("grant", "verify", tmp_path / "mine", *trust, "--revoked", revoked, code=1)

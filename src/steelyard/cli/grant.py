@@ -212,11 +212,11 @@ def show(
 ) -> None:
     """Who asks, for what: for reviewers, and whoever must find out whose grant a mark names."""
     with open_ledger(workspace, read_only=True) as ledger:
-        _, _, sealed = opened(workspace, ledger, request, passphrase_file)
+        _, found, sealed = opened(workspace, ledger, request, passphrase_file)
     if as_json:
         print_json(sealed.model_dump(mode="json", exclude={"salt"}))
     else:
-        print_request(request, sealed)
+        print_request(found, sealed)
 
 
 @app.command()
@@ -239,7 +239,7 @@ def review(
     mine = load_trust(trust)
     with open_ledger(workspace) as ledger:
         book, found, sealed = opened(workspace, ledger, request, passphrase_file)
-        print_request(request, sealed)
+        print_request(found, sealed)
         agree(yes, f"{decision.value} this, for {days} days?")
         signer, card = signing(keys or workspace / "keys", key, signing_passphrase_file or passphrase_file)
         path = add_review(book, found, sealed, decision.value, days=days, signer=signer, card=card, trust=mine)

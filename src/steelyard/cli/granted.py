@@ -208,10 +208,15 @@ def name(
         found = name_grant(book, suspect, release, secret, now=datetime.now(UTC), progress=progress)
         (folder / "evidence.json").write_bytes(found.to_json())
         (folder / "evidence.md").write_bytes(found.to_markdown().encode())
+        for one in found.named:
+            (folder / one.grant.id).mkdir()
+            for name, data in one.papers.items():
+                (folder / one.grant.id / name).write_bytes(data)
     if as_json:
-        print_json(found.to_dict())
+        print_json(found.to_dict() | {"sighting": found.sighting})
     elif found.named:
         print(one_line(f"named: {', '.join(one.grant.id for one in found.named)}; evidence: {out}"))
+        print(f"sighting {found.sighting}; next: steelyard notice {found.sighting} --kind takedown --location URL")
     else:
         print(one_line(f"nobody named, of {found.grants:,} grants; evidence: {out}"))
 
@@ -220,6 +225,7 @@ def _print(copy: Path, found: CopyVerification) -> None:
     said = found.copy_
     if said is not None:
         bound, rows = said.bound, [("grant", said.grant), ("until", said.expires)]
+        rows += [("who asked", f"erased {said.retain_days} days after its end")]
         rows += [("derived from", f"{said.derived_from.name}, subject {said.derived_from.subject}")]
         rows += [("relative change", f"{bound.relative_change:.3g}")]
         if bound.perplexity is not None:

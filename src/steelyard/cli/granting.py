@@ -81,12 +81,13 @@ def signing(folder: Path, name: str, file: Path | None) -> tuple[CryptoSigner, K
     return load_signer(folder, name, passphrase(file)), card
 
 
-def print_request(request: str, sealed: Sealed) -> None:
+def print_request(request: Request, sealed: Sealed) -> None:
     """Who asks, for what."""
     rows: list[tuple[str, str]] = [("weights", sealed.wanted.weights), ("subject", sealed.wanted.subject)]
     fields: dict[str, Any] = {} if sealed.person is None else sealed.person.model_dump(exclude_none=True)
     rows += [(name, str(value)) for name, value in fields.items()] or [("recipient", sealed.who())]
-    print_table(f"Request {request}", ("what", "value"), rows)
+    rows.append(("erased", f"{request.retain.days} days after the grant's end"))
+    print_table(f"Request {request.id}", ("what", "value"), rows)
 
 
 def agree(yes: bool, question: str) -> None:

@@ -111,10 +111,13 @@ def withdraw(
 
 def releases(
     list_file: Annotated[
-        str | None, typer.Option("--list", help="The signed list of withdrawn releases: a file or an https URL.")
+        str | None,
+        typer.Option(
+            "--list", help="The signed list of withdrawn releases: a file or URL; default: the trust file's own."
+        ),
     ] = None,
     trust: Annotated[
-        Path | None, typer.Option(help="Trust file with the list's signers.", callback=existing_file)
+        Path | None, typer.Option(help="Trust file with the list's signers, and where it lies.", callback=existing_file)
     ] = None,
     policy: Annotated[
         list[str] | None, typer.Option(help="A policy of your own, for the age at which a candidate expires.")
@@ -130,7 +133,7 @@ def releases(
     from steelyard.safety.policy import load_policy
 
     now = datetime.now(UTC)
-    signed = None if list_file is None else _read(list_file, trust)
+    signed = _read(list_file, trust)
     path = workspace / "ledger.sqlite"
     if not path.exists():
         raise UsageError(f"{path}: no ledger here: give --workspace")
@@ -154,20 +157,25 @@ def releases(
         if left:
             print(one_line(f"{one.name} {one.manifest[:16]}: withdrawn, not taken down yet: {', '.join(left)}"))
     if signed is not None and signed.expires <= now:
-        print(
-            one_line(f"{list_file}: expired at {signed.content.expires}: issue it anew (steelyard withdraw --refresh)")
-        )
+        print(one_line(f"the list: expired at {signed.content.expires}: issue it anew (steelyard withdraw --refresh)"))
 
 
-def _read(list_file: str, trust: Path | None) -> SignedList:
+def _read(list_file: str | None, trust: Path | None) -> SignedList | None:
+    """The list that was named, or else the one that the trust file names; None where neither does."""
     from steelyard.release.trust import load_trust
     from steelyard.release.withdrawal import LIST_LIMIT, check_quorum, read_list
     from steelyard.release.withdrawal_source import read_source
 
+    if list_file is None and trust is None:
+        return None
     if trust is None:
         raise UsageError("--list: give --trust as well, whose withdrawal.signers the list must be signed by")
-    signed = read_list(*read_source(list_file, LIST_LIMIT))
-    for finding in check_quorum(signed, load_trust(trust)):
+    mine = load_trust(trust)
+    source = list_file or mine.withdrawal.source
+    if source is None:
+        raise UsageError(f"{trust}: names no list (withdrawal.list): give --list")
+    signed = read_list(*read_source(source, LIST_LIMIT))
+    for finding in check_quorum(signed, mine):
         raise SteelyardError(finding.message)
     return signed
 

@@ -35,7 +35,14 @@ from steelyard.release.refused import Refused
 from steelyard.release.signers import Signing, trusted_signer
 from steelyard.release.statements import Approval, approval_payload, release_subjects, stamp
 from steelyard.release.trust import Trust, one_key
-from steelyard.release.writing import About, add_approval, copy_candidate, write_candidate, write_seals
+from steelyard.release.writing import (
+    About,
+    add_approval,
+    copy_candidate,
+    find_approval,
+    write_candidate,
+    write_seals,
+)
 from steelyard.safety.policy import Policy
 
 if TYPE_CHECKING:
@@ -169,13 +176,16 @@ def approve(
     now: datetime | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """An approver's part: check a candidate with one's own trust, and add an approval to it. Gives its file.
+    """An approver's part: check a candidate with one's own trust, and add an approval to it. Gives its file; where
+    this key's is there already (a kill came after it), that one.
 
     Raises SteelyardError, with every reason, where the candidate does not hold, or this key may not approve it.
     """
     progress, now = progress or Silent(), now or datetime.now(UTC)
     _check_signer(signer, key)
     found = _examined(candidate, trust, "candidate", now, progress, str(candidate))
+    if (there := find_approval(candidate, signer.public_key.keyid)) is not None:
+        return there
     approval = Approval(
         name=found.name,
         test_result=sha256_file(candidate / TEST_RESULT),

@@ -102,6 +102,17 @@ def check_files(
     return Files(present, {**hashes, MANIFEST: digest}, digest), findings
 
 
+def right_sizes(folder: Path, present: Mapping[str, int]) -> bool:
+    """Whether every file of weights is listed with its size, where the list can be read: others are not worth hashing,
+    and a sparse one of terabytes would never end."""
+    try:
+        manifest = parse_manifest(read_bounded(folder / MANIFEST, MANIFEST_LIMIT), folder)
+    except (SteelyardError, OSError):
+        return True  # `check_files` says why it is none
+    listed = {entry.path: entry.size for entry in manifest.files}
+    return all(listed.get(name) == size for name, size in present.items() if name.endswith(".safetensors"))
+
+
 def _check_signing(present: Mapping[str, int], *, sealed: bool) -> Iterator[Finding]:
     for name in (TEST_RESULT, *(SEALS if sealed else ())):
         if name not in present:

@@ -14,21 +14,21 @@ No event holds a name, an address or a text of a request.
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
-from steelyard.base.files import fsync_folder, read_bounded
+from steelyard.base.files import fsync_folder, locked, read_bounded
 from steelyard.release.attest import parse_time
+from steelyard.release.evidence import CLOCKS_APART
 from steelyard.release.grant_request import FILE_LIMIT, Sealed, Wanted, parse_sealed
 from steelyard.release.grant_sealed import unseal
 
@@ -67,6 +67,10 @@ class Request:
         """When the identity is to be erased: so long after the grant's end; after the request where there is none."""
         return (self.ended or self.time) + self.retain
 
+    def is_due(self, now: datetime) -> bool:
+        """Whether the identity is to be erased; never while a grant is in force."""
+        return self.due <= now and self.state not in ("granted", "forgotten")
+
 
 @dataclass(frozen=True)
 class Grant:
@@ -91,6 +95,7 @@ class Book:
 
     def __init__(self, folder: Path, ledger: Ledger) -> None:
         self.folder, self.ledger = folder, ledger
+        self.erased: list[str] = []  # requests, by the last that held the lock
 
     @property
     def keys(self) -> Path:
@@ -105,11 +110,18 @@ class Book:
         return self.folder / "issued" / _id(grant, "g")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One at a time: whoever enters, reviews, issues, delivers or forgets waits for the one before."""
+    def locked(self, now: datetime) -> Iterator[None]:
+        """One at a time: whoever enters, reviews, issues, delivers or forgets waits for the one before, and erases
+        whose time is over. Raises SteelyardError where `now` is before what the ledger holds: a grant that expired
+        would be in force again."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(self.folder / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.folder / "lock"):
+            head = self.ledger.head()
+            if head is not None and now < parse_time(head.time, "ledger") - CLOCKS_APART:
+                text = f"the ledger's last event is of {head.time}, the clock says {now:%Y-%m-%dT%H:%M:%SZ}"
+                raise SteelyardError(f"{text}: it was set back: set it right")
+            self.sweep()
+            self.erased = self.erase_due(now)
             yield
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -129,11 +141,15 @@ class Book:
             raise SteelyardError(f"request {request}: not in this workspace's ledger: see steelyard grant list")
         return found
 
-    def open(self, request: Request, private: X25519PrivateKey) -> Sealed:
-        """What a request says. Raises SteelyardError where it was forgotten, lost, or is not what the ledger noted."""
+    def open(self, request: Request, private: X25519PrivateKey, now: datetime | None = None) -> Sealed:
+        """What a request says. Raises SteelyardError where it was forgotten, is to be, is lost, or is not what the
+        ledger noted."""
         path = self.request_folder(request.id) / SEALED
         if request.state == "forgotten":
             raise SteelyardError(f"request {request.id}: was forgotten: nobody can read any more whose it was")
+        if request.is_due(now or datetime.now(UTC)):
+            text = f"was kept until {request.due:%Y-%m-%d}, as was promised: steelyard grant forget --due"
+            raise SteelyardError(f"request {request.id}: {text}")
         try:
             data = read_bounded(path, FILE_LIMIT)
         except OSError as error:
@@ -149,6 +165,14 @@ class Book:
         if folder.is_dir():
             shutil.rmtree(folder)
             fsync_folder(folder.parent)
+
+    def erase_due(self, now: datetime) -> list[str]:
+        """Erase who asked, of all whose time of retention is over; gives their ids."""
+        due = [one.id for one in self.requests(now) if one.is_due(now)]
+        for request in due:
+            self.erase(request)
+            self.note("forgotten", request=request)
+        return due
 
     def sweep(self) -> None:
         """Erase what the ledger does not know: a request whose entering was killed half-way."""

@@ -50,7 +50,7 @@ from steelyard.release.grant_copy import (
 from steelyard.release.grant_keys import MarkKey
 from steelyard.release.grant_measured import measure_perplexity, measured_battery
 from steelyard.release.grant_request import recipient_of
-from steelyard.release.grant_statements import Bound, MarkedCopy, Tested, payload
+from steelyard.release.grant_statements import LOUDEST, Bound, MarkedCopy, Tested, payload
 from steelyard.release.grant_transport import pack
 from steelyard.release.grant_verify import WHERE, verify_copy
 from steelyard.release.grants import read_commitment, read_reviews, read_witness
@@ -59,8 +59,6 @@ from steelyard.release.layout import CARD, HOME
 from steelyard.release.statements import stamp
 from steelyard.release.trust import Trust
 from steelyard.trace import tardos, watermark
-
-LOUDEST = 0.0016  # relative RMS change: what a cast of float32 masters to bf16 costs
 
 
 @dataclass(frozen=True)
@@ -110,12 +108,12 @@ def deliver(
     is another one, does not verify or went out unmarked, a key is the wrong one, or `to` exists.
     """
     now, progress = now or datetime.now(UTC), progress or Silent()
-    with book.locked(), ExitStack() as stack:
+    with book.locked(now), ExitStack() as stack:
         found = _allowed(book, grant, bundle, keys.mark, trust, keys.signer.public_key.keyid, now, progress)
         if found.public:
             text = "is the public's: mark it, test it and release it (steelyard grant mark), it needs a test of its own"
             raise SteelyardError(f"grant {grant}: {text}")
-        sealed = book.open(book.request(found.request, now), keys.identity)
+        sealed = book.open(book.request(found.request, now), keys.identity, now)
         public, terms = recipient_of(sealed), licence_of(bundle, licence)
         if sha256_hex(terms) != found.licence:
             raise SteelyardError(f"the licence is {sha256_hex(terms)}, the recipient accepted {found.licence}")
@@ -154,7 +152,7 @@ def mark_only(
     """Write the marked model alone, a plain model folder that nothing attests: to be measured, and for the public's
     copy to be tested and released as a subject of its own. Gives the relative change. Raises as `deliver` does."""
     now, progress = now or datetime.now(UTC), progress or Silent()
-    with book.locked():
+    with book.locked(now):
         found = _allowed(book, grant, bundle, mark, trust, None, now, progress)
         _check_place(to, bundle)
         with new_folder(to) as folder:
@@ -191,6 +189,10 @@ def _allowed(
         data, commitment, statement, time_stamp, trust, before=now, releasers=releasers, where=WHERE
     )
     raise_for(list(findings), f"grant {grant}")
+    noted = {event.payload["countersignature"] for event in book.events("countersigned", grant=grant)}
+    if any(seen is not None and sha256_hex(seen) not in noted for seen in (statement, time_stamp)):
+        text = "its countersignature is not noted in the ledger: whoever gave it runs steelyard grant countersign again"
+        raise SteelyardError(f"grant {grant}: {text}")
     if releaser is not None and releaser not in {key.keyid for key in trust.releasers}:
         raise SteelyardError(f"key {releaser}: is none of the releasers of your trust file")
     result = examine(bundle, trust=trust, now=now, progress=progress)
@@ -249,6 +251,7 @@ def _attest(
     perplexity = None if measure.text is None else measure_perplexity(bundle, folder, measure.text, progress)
     battery = None if measure.run is None else measured_battery(measure.run, folder, grant.wanted.subject)
     papers = source_papers(bundle)
+    committed, commitment = read_commitment(book, grant)
     test = parse_test_result(read_envelope(papers[SOURCE_TEST], SOURCE_TEST)[0], SOURCE_TEST)
     copy = MarkedCopy(
         grant=grant.id,
@@ -262,11 +265,12 @@ def _attest(
         commitment=grant.commitment,
         licence=grant.licence,
         expires=stamp(grant.expires),
+        retain_days=commitment.retain_days,
         signed=stamp(now),
         key_kind=keys.card.kind,
         version=__version__,
     )
-    papers[COMMITMENT] = read_commitment(book, grant)[0]
+    papers[COMMITMENT] = committed
     for name, data in zip((COUNTERSIGNATURE, TIMESTAMP), read_witness(book, grant.id), strict=True):
         if data is not None:
             papers[name] = data

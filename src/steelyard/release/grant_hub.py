@@ -62,9 +62,10 @@ def import_requests(
     """Enter what is pending and was not taken over before. Raises as `grants.enter` does for a release that cannot be
     granted, HubError where the Hub does not answer; a request that is not whole is left out, with its reason."""
     now = now or datetime.now(UTC)
-    refuse_released(book.ledger, wanted)
+    with book.locked(now):  # what is to be erased is
+        refuse_released(book.ledger, wanted)
     known = {
-        book.open(request, private).source
+        book.open(request, private, now).source
         for request in book.requests(now)
         if request.state != "forgotten" and request.wanted.weights == wanted.weights
     }

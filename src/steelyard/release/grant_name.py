@@ -5,30 +5,34 @@ be named at most once in 10^9.
     found.named, found.to_json(), found.to_markdown()
 
 Every grant that the ledger has for these weights is compared, ended ones too, and the bound is multiplied by their
-number. Evidence cites grant ids, never who stands behind them. Held in memory: the release and the suspect, as float32.
+number. Evidence cites grant ids, never who stands behind them. Both models are read from the disk, a layer at a time.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from steelyard import __version__
 from steelyard.base.canonical import canonical_json, sha256_file, sha256_hex
-from steelyard.base.errors import FormatError, SteelyardError
+from steelyard.base.errors import SteelyardError
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.identity import subject_of
-from steelyard.release.grant_book import Book, Grant
+from steelyard.release.grant_book import COMMITMENT, COUNTERSIGNATURE, TIMESTAMP, Book, Grant
 from steelyard.release.grant_keys import MarkKey
 from steelyard.release.grant_statements import FRAMED
+from steelyard.release.grants import read_commitment, read_witness
 from steelyard.release.statements import stamp
 from steelyard.safety.markup import code, escape
 from steelyard.trace import alignment, tardos, watermark
-from steelyard.trace.roles import Named, hugging_face
-from steelyard.trace.tensors import Float32, open_tensors
+from steelyard.trace.roles import hugging_face
+from steelyard.trace.streaming import Weights
+from steelyard.trace.tensors import open_tensors
 
 METHOD = (
     "The suspect was expressed in the release's layout, and its difference from the unmarked weights compared with the "
@@ -40,16 +44,20 @@ METHOD = (
 
 @dataclass(frozen=True)
 class NamedGrant:
-    """A grant whose copy the suspect came from. `log10_p`: of the bound for one innocent, not multiplied yet."""
+    """A grant whose copy the suspect came from. `log10_p`: of the bound for one innocent, not multiplied yet; `seen`:
+    SHA-256 of what countersigned its code before the first copy, and when the ledger noted it; `papers`: the commitment
+    and its countersignatures, for whoever does not believe this ledger."""
 
     grant: Grant
     log10_p: float
-    countersignature: str
+    seen: tuple[tuple[str, str], ...]
+    papers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found. `named` is empty where nobody is named; `files`: name and SHA-256 of the suspect's."""
+    """What was found. `named` is empty where nobody is named; `files`: name and SHA-256 of the suspect's; `sighting`:
+    the number of the ledger's event from which a notice can be written, where somebody is named."""
 
     suspect: str
     files: tuple[tuple[str, str], ...]
@@ -60,6 +68,7 @@ class Evidence:
     named: tuple[NamedGrant, ...]
     mark: str
     time: str
+    sighting: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -79,7 +88,7 @@ class Evidence:
                     "log10_probability": round(one.log10_p + math.log10(self.grants), 2),
                     "commitment": one.grant.commitment,
                     "code": one.grant.code,
-                    "countersignature": one.countersignature,
+                    "countersigned": [{"sha256": sha, "noted": time} for sha, time in one.seen],
                     "issued": stamp(one.grant.issued),
                 }
                 for one in self.named
@@ -105,7 +114,7 @@ class Evidence:
                 f"the {self.grants:,}, is at most 10^({power:.1f}).",
                 "",
                 f"- commitment to its code: {code(one.grant.commitment)}, issued {stamp(one.grant.issued)}",
-                f"- countersigned before the copy was made: {code(one.countersignature)}",
+                *(f"- countersigned before the copy was made: {code(sha)}, noted {time}" for sha, time in one.seen),
                 "",
             ]
         if not self.named:
@@ -138,16 +147,17 @@ def name_grant(
         if grant.mark != mark.fingerprint:
             raise SteelyardError(f"grant {grant.id}: the mark key is not the one that its code was committed with")
     ours, theirs = hugging_face(open_tensors(bundle)), hugging_face(open_tensors(suspect))
-    sizes = ours.sizes
-    aligned = alignment.align(_all(ours, progress), held := _all(theirs, progress), sizes.heads, sizes.kv_heads)
-    held.clear()  # a model's worth of memory
-    detected = watermark.detect(_all(ours, progress), aligned.tensors, mark.secret, list(grants))
+    aligned = alignment.Alignment(Weights(ours), Weights(theirs), ours.sizes.heads, ours.sizes.kv_heads)
+    total = sum(entry.end - entry.start for entry in ours.entries.values()) / 1e6
+    with (progress if total >= 1 else Silent()).task("read the mark", total, "MB") as task:
+        original = Weights(ours, lambda size: task.advance(size / 1e6))
+        detected = watermark.detect(original, aligned, mark.secret, list(grants))
     limit = math.log10(tardos.ACCUSE / len(grants))
     p = dict(zip(grants, map(float, detected.log10_p), strict=True))
     named = [
-        NamedGrant(grants[grant], p[grant], seen)
+        NamedGrant(grants[grant], p[grant], seen, _papers(book, grants[grant], seen))
         for grant in detected.accused
-        if p[grant] <= limit and (seen := _seen_before(book, grants[grant], mark)) is not None
+        if p[grant] <= limit and (seen := _seen_before(book, grants[grant], mark))
     ]
     files = sorted({entry.file for entry in theirs.entries.values()})
     evidence = Evidence(
@@ -167,7 +177,24 @@ def name_grant(
         grants=[one.grant.id for one in named],
         evidence=sha256_hex(evidence.to_json()),
     )
-    return evidence
+    return replace(evidence, sighting=_sighted(book, evidence, bundle)) if named else evidence
+
+
+def _sighted(book: Book, evidence: Evidence, bundle: Path) -> int:
+    """Note the copy as sighted, as `trace.notices` reads it: with ids of grants, and nobody's name."""
+    known = book.ledger.events("trace.registered", weights=evidence.weights)
+    work = {"kind": "release", "subject": evidence.subject, "weights": evidence.weights}
+    least = min(one.log10_p for one in evidence.named) + math.log10(evidence.grants)
+    payload = {
+        "suspect": evidence.suspect,
+        "verdict": "derived",
+        "changes": [] if evidence.found == "nothing" else [evidence.found],
+        "reference": {"name": str(known[-1].payload["name"]) if known else bundle.resolve().name, **work},
+        "log10_p": min(least, 0.0),
+        "evidence": [METHOD, f"The evidence has the SHA-256 {sha256_hex(evidence.to_json())}.", FRAMED],
+        "grants": [one.grant.id for one in evidence.named],
+    }
+    return book.ledger.append("trace.sighted", payload).seq
 
 
 def _in_words(found: alignment.Found) -> str:
@@ -178,25 +205,22 @@ def _in_words(found: alignment.Found) -> str:
     return ", ".join(f"{name} {value}" for name, value in said.items()) or "nothing"
 
 
-def _seen_before(book: Book, grant: Grant, mark: MarkKey) -> str | None:
-    """SHA-256 of the countersignature that came before the first copy; None where there is no copy or no such thing:
-    then nobody is named, for the code could have been made up afterwards. Raises SteelyardError for another code."""
+def _seen_before(book: Book, grant: Grant, mark: MarkKey) -> tuple[tuple[str, str], ...]:
+    """What countersigned a grant's code before the first copy, as `NamedGrant.seen`; empty where there is no copy or no
+    such thing: then nobody is named, for the code could have been made up afterwards. Raises SteelyardError for another
+    code."""
     if tardos.commitment(mark.secret, grant.id) != grant.code:
         raise SteelyardError(f"grant {grant.id}: its code is not the one that was committed: nobody is named")
-    marked = min((event.seq for event in book.events("marked", grant=grant.id)), default=None)
-    seen = book.events("countersigned", grant=grant.id)
-    if marked is None or not seen or seen[0].seq > marked:
-        return None
-    return str(seen[0].payload["countersignature"])
+    marked = min((event.seq for event in book.events("marked", grant=grant.id)), default=0)
+    seen = [event for event in book.events("countersigned", grant=grant.id) if event.seq < marked]
+    return tuple((str(event.payload["countersignature"]), event.time) for event in seen)
 
 
-def _all(named: Named, progress: Progress) -> dict[str, Float32]:
-    found = {}
-    total = sum(entry.end - entry.start for entry in named.entries.values()) / 1e6
-    with (progress if total >= 1 else Silent()).task("read the weights", total, "MB") as task:
-        for name, entry in named.entries.items():
-            found[name] = named.read(name)
-            task.advance((entry.end - entry.start) / 1e6)
-    if not found:
-        raise FormatError("holds no tensor of a model")
-    return found
+def _papers(book: Book, grant: Grant, seen: Sequence[tuple[str, str]]) -> dict[str, bytes]:
+    """What of it lies in the workspace still, as the ledger noted it."""
+    found = dict(zip((COUNTERSIGNATURE, TIMESTAMP), read_witness(book, grant.id), strict=True))
+    known = {sha for sha, _ in seen}
+    papers = {name: data for name, data in found.items() if data is not None and sha256_hex(data) in known}
+    with suppress(SteelyardError):  # lost or changed: its digest stands in the evidence
+        papers[COMMITMENT] = read_commitment(book, grant)[0]
+    return papers

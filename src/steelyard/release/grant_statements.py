@@ -33,6 +33,7 @@ COPY = "steelyard:marked-copy/v1"
 RECEIPT = "steelyard:grant-receipt/v1"
 REVOCATION = "steelyard:grant-revocation/v1"
 COMMITMENT_LIMIT = 20_000  # bytes
+LOUDEST = 0.0016  # relative RMS change of a copy: what a cast of float32 masters to bf16 costs
 FRAMED = (
     "The mark says from which grant's copy these weights came. It does not say who passed them on: a holder of the "
     "release keys could also have made or leaked this copy."
@@ -57,7 +58,8 @@ class Review(Strict):
 
 class Commitment(Strict):
     """What is fixed before a copy is made: the grant's code. `code`: salted SHA-256 of it (`trace.tardos`); `mark`:
-    fingerprint of the key that it comes from; `reviews`: SHA-256 of their envelopes."""
+    fingerprint of the key that it comes from; `reviews`: SHA-256 of their envelopes; `retain_days`: how long after the
+    grant's end it is kept who asked."""
 
     format: Literal[1] = 1
     grant: GrantId
@@ -70,6 +72,7 @@ class Commitment(Strict):
     mark: Sha256
     reviews: tuple[Sha256, ...] = Field(min_length=2, max_length=MAX_REVIEWS)
     public: bool
+    retain_days: int = Field(ge=1, le=3650)
     issued: Short
     expires: Short
 
@@ -143,6 +146,7 @@ class MarkedCopy(Strict):
     commitment: Sha256
     licence: Sha256
     expires: Short
+    retain_days: int = Field(ge=1, le=3650)
     caution: Annotated[str, StringConstraints(max_length=1000)] = FRAMED
     signed: Short
     key_kind: KeyKind

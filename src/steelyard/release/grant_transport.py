@@ -109,9 +109,9 @@ def check_receipt(book: Book, file: Path, private: X25519PrivateKey, *, now: dat
     except OSError as error:
         raise SteelyardError(f"{file}: {error.strerror}: give the receipt's file") from error
     _, _, unverified = parse(read_envelope(data, str(file))[0], str(file), Receipt)
-    with book.locked():
+    with book.locked(now):
         grant = book.grant(unverified.grant, now)
-        key = signer_of(book.open(book.request(grant.request, now), private))
+        key = signer_of(book.open(book.request(grant.request, now), private, now))
         if key is None:
             raise SteelyardError(f"{file}: the request behind grant {grant.id} names no key that signs receipts")
         subjects, _, word = parse(verify_envelope(data, str(file), [key])[0], str(file), Receipt)

@@ -10,7 +10,7 @@ It is never a release: nothing of it was tested but the release that it comes fr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from steelyard.release.grant_copy import (
 )
 from steelyard.release.grant_statements import (
     COMMITMENT_LIMIT,
+    LOUDEST,
     Commitment,
     MarkedCopy,
     Revocation,
@@ -147,6 +148,9 @@ class _Work:
                 yield Finding("missing", f"{name}: is missing")
             elif present[name] != file.size or sha256_file(self.folder / name) != file.sha256:
                 yield Finding("changed", f"{name}: was changed: it is not what {LIST} says")
+        sizes = {name: file.size for name, file in listed.items()}
+        if any(sizes.get(name) != size for name, size in present.items() if name.endswith(".safetensors")):
+            return  # weights that cannot be the right ones are not hashed: a sparse one of terabytes would never end
         subject, _ = subject_and_files(self.folder, self.progress)
         self.weights = subject.weights
         self.subjects = {"weights": subject.weights, "subject": subject.digest, LIST: sha256_hex(data)}
@@ -165,6 +169,9 @@ class _Work:
         for name in sorted(subjects.keys() | self.subjects.keys()):
             if subjects.get(name) != self.subjects.get(name):
                 yield Finding("statement", f"{STATEMENT}: its subject {name} is not that of the copy")
+        if self.copy.bound.relative_change > LOUDEST:
+            text = f"was changed by {self.copy.bound.relative_change:.2g}, more than the {LOUDEST} a mark may cost"
+            yield Finding("bound", f"{STATEMENT}: {text}")
         if self.time > self.now + CLOCKS_APART:
             yield Finding("time", f"{STATEMENT}: its time, {self.time}, is later than now: a clock is wrong")
         if self.weights == self.copy.derived_from.weights:
@@ -191,6 +198,7 @@ class _Work:
             ("manifest", commitment.manifest, copy.derived_from.manifest),
             ("licence", commitment.licence, copy.licence),
             ("expires", commitment.expires, copy.expires),
+            ("retain_days", commitment.retain_days, copy.retain_days),
         ):
             if said != wanted:
                 yield Finding("commitment", f"{COMMITMENT}: its {name} is not what the copy's statement says")
@@ -206,7 +214,11 @@ class _Work:
         if sorted(map(sha256_hex, envelopes.values())) != sorted(commitment.reviews):
             yield Finding("review", f"{COMMITMENT}: was not made on the reviews that are in the copy")
         about = review_subjects(commitment.request, commitment.weights, commitment.subject, commitment.licence)
-        yield from check_reviews(envelopes, about, self.trust, self.now)[1]
+        approvals, findings = check_reviews(envelopes, about, self.trust, self.now)
+        yield from findings
+        term = parse_time(commitment.expires, COMMITMENT) - parse_time(commitment.issued, COMMITMENT)
+        if approvals and term > timedelta(days=min(review.days for review in approvals)):
+            yield Finding("review", f"{COMMITMENT}: lasts longer than its reviewers gave")
 
     # -- what it comes from ------------------------------------------------------------------------------------------
 

@@ -49,13 +49,14 @@ from steelyard.release.grant_statements import (
     Countersignature,
     Review,
     Revocation,
+    parse,
     parse_commitment,
     payload,
 )
 from steelyard.release.keys import KeyInfo
 from steelyard.release.layout import MAX_REVIEWS
 from steelyard.release.statements import stamp
-from steelyard.release.timestamps import TIMESTAMP_LIMIT, ask
+from steelyard.release.timestamps import TIMESTAMP_LIMIT, ask, check_timestamp
 from steelyard.release.trust import Trust
 from steelyard.trace import tardos
 
@@ -80,12 +81,11 @@ def enter(
     if sealed.person is not None and sealed.person.licence != licence:
         text = f"accepts the licence {sealed.person.licence}, but the release's is {licence}: let them read that one"
         raise SteelyardError(f"the request {text}")
-    with book.locked():
-        book.sweep()
+    with book.locked(now):
         refuse_released(book.ledger, sealed.wanted)
         for other in book.requests(now):
             current = other.state in ("requested", "granted") and other.wanted.weights == sealed.wanted.weights
-            if current and book.open(other, private).same_person(sealed):
+            if current and book.open(other, private, now).same_person(sealed):
                 raise SteelyardError(f"this request is there already, as {other.id} ({other.state})")
         request = f"r-{sealed.digest[:16]}"
         data = seal(sealed.to_bytes(), private.public_key())
@@ -132,21 +132,25 @@ def review(
         key_kind=card.kind,
         version=__version__,
     )
-    with book.locked():
-        if book.request(request.id, now).state != "requested":
-            raise SteelyardError(f"request {request.id}: is {request.state}: there is nothing more to review")
+    with book.locked(now):
+        if (state := book.request(request.id, now).state) != "requested":
+            raise SteelyardError(f"request {request.id}: is {state}: there is nothing more to review")
         there = read_reviews(book.request_folder(request.id))
+        kind = "approved" if decision == "approve" else "refused"
+        if (half := _half_done(book, request.id, there, about, decision, signer)) is not None:
+            book.note(kind, request=request.id, review=sha256_hex(there[half]), key=signer.public_key.keyid)
+            return book.request_folder(request.id) / half
         if len(there) == MAX_REVIEWS:
             raise SteelyardError(f"request {request.id}: has {MAX_REVIEWS} reviews already")
         path = book.request_folder(request.id) / f"review-{len(there) + 1}.dsse.json"
         envelope = sign(payload(about, word), signer)
         _, findings = check_reviews({**there, path.name: envelope}, about, trust, now, _asker(sealed))
         # Too few so far is no fault of this one; a refusal may be added, a review that does not count may not.
-        raise_for([f for f in findings if f.message.startswith(f"{path.name}: ") and f.code != "refused"], path.name)
+        mine = [f for f in findings if f.message.startswith(f"{path.name}: ") and f.code != "refused"]
+        raise_for(mine, f"request {request.id}")
         if not trust.grants.needed:
             raise_for(findings, request.id)
         write_atomic(path, envelope)
-        kind = "approved" if decision == "approve" else "refused"
         book.note(kind, request=request.id, review=sha256_hex(envelope), key=signer.public_key.keyid)
     return path
 
@@ -158,7 +162,7 @@ def issue(
     days that a reviewer gave. Raises SteelyardError where the reviews are not enough, one of them refuses, or the
     release went out unmarked meanwhile."""
     now = now or datetime.now(UTC)
-    with book.locked():
+    with book.locked(now):
         current = book.request(request.id, now)
         if current.state != "requested":
             raise SteelyardError(f"request {request.id}: is {current.state} already: a grant is issued once")
@@ -179,6 +183,7 @@ def issue(
             mark=mark.fingerprint,
             reviews=tuple(sha256_hex(data) for data in reviews.values()),
             public=request.public,
+            retain_days=request.retain.days,
             issued=stamp(now),
             expires=stamp(now + timedelta(days=min(review.days for review in approvals))),
         )
@@ -187,7 +192,7 @@ def issue(
             write_atomic(folder / name, data)
         book.note(
             "issued",
-            **commitment.model_dump(mode="json", exclude={"format", "request", "reviews"}),
+            **commitment.model_dump(mode="json", exclude={"format", "request", "reviews", "retain_days"}),
             request=request.id,
             commitment=sha256_hex(commitment.to_bytes()),
         )
@@ -208,15 +213,24 @@ def countersign(
     Raises SteelyardError where a copy was delivered already: a code that was fixed afterwards could frame anybody.
     """
     now = now or datetime.now(UTC)
-    with book.locked():
+    with book.locked(now):
         found = book.live(grant, now)
         if book.events("delivering", grant=grant) or book.events("marked", grant=grant):
             raise SteelyardError(f"grant {grant}: a copy was made already: its code can be countersigned no more")
         data, _ = read_commitment(book, found)
         path = book.grant_folder(grant) / (COUNTERSIGNATURE if signer is not None else TIMESTAMP)
         if path.exists():
-            raise SteelyardError(f"{path} exists already: once is enough")
-        if signer is not None:
+            made = read_bounded(path, max(ENVELOPE_LIMIT, TIMESTAMP_LIMIT))
+            if book.events("countersigned", grant=grant, countersignature=sha256_hex(made)):
+                raise SteelyardError(
+                    f"{path} exists already: once is enough; remove it if its witness is none of yours"
+                )
+            # Killed between its file and its event: the same witness completes it.
+            if signer is not None:
+                verify_envelope(made, str(path), [signer.public_key])
+            else:
+                check_timestamp(made, data, roots, str(path))
+        elif signer is not None:
             word = Countersignature(grant=grant, signed=stamp(now))
             made = sign(payload({COUNTERSIGNED: found.commitment}, word), signer)
         else:
@@ -234,7 +248,7 @@ def revoke(
     now = now or datetime.now(UTC)
     if not reason.strip() or len(reason) > 1000:
         raise UsageError("a revocation needs a reason of 1 to 1000 characters (--reason)")
-    with book.locked():
+    with book.locked(now):
         found = book.live(grant, now)
         word = Revocation(grant=grant, reason=reason.strip(), signed=stamp(now))
         envelope = sign(payload({COUNTERSIGNED: found.commitment}, word), signer)
@@ -255,19 +269,35 @@ def forget(book: Book, request: str | None = None, *, now: datetime | None = Non
     Reviews, grants and evidence stay, which name ids only. Raises SteelyardError where its grant has not ended.
     """
     now = now or datetime.now(UTC)
-    with book.locked():
-        book.sweep()
+    with book.locked(now):
         if request is None:
-            due = [one for one in book.requests(now) if one.due <= now and one.state not in ("granted", "forgotten")]
-        else:
-            due = [book.request(request, now)]
-            if due[0].state == "granted":
-                raise SteelyardError(f"request {request}: its grant {due[0].grant} is in force: revoke that first")
-        for one in due:
-            book.erase(one.id)
-            if one.state != "forgotten":
-                book.note("forgotten", request=one.id)
-    return [one.id for one in due]
+            return book.erased
+        found = book.request(request, now)
+        if found.state == "granted":
+            raise SteelyardError(f"request {request}: its grant {found.grant} is in force: revoke that first")
+        book.erase(request)
+        if found.state != "forgotten":
+            book.note("forgotten", request=request)
+    return [request]
+
+
+def _half_done(
+    book: Book, request: str, there: dict[str, bytes], about: dict[str, str], decision: str, signer: CryptoSigner
+) -> str | None:
+    """The file of this reviewer's very word, where it was written and a kill came before its event."""
+    noted = {
+        event.payload["review"] for kind in ("approved", "refused") for event in book.events(kind, request=request)
+    }
+    for name, data in there.items():
+        if sha256_hex(data) in noted:
+            continue
+        try:
+            found, _, word = parse(verify_envelope(data, name, [signer.public_key])[0], name, Review)
+        except SteelyardError:  # another's
+            continue
+        if found == about and word.decision == decision:
+            return name
+    return None
 
 
 def read_commitment(book: Book, grant: Grant) -> tuple[bytes, Commitment]:

@@ -28,7 +28,7 @@ from steelyard.base.progress import Progress, Silent
 from steelyard.model.headers import quote
 from steelyard.model.identity import Subject, subject_and_files
 from steelyard.release.checks_evidence import NAME, check_evidence, same_policy
-from steelyard.release.checks_files import Files, check_files, list_files, relative
+from steelyard.release.checks_files import Files, check_files, list_files, relative, right_sizes
 from steelyard.release.checks_model import check_shipped
 from steelyard.release.checks_statements import (
     Statements,
@@ -192,7 +192,8 @@ def examine(
     safe = not any(finding.code == "unsafe" for finding in findings)
     known: Subject | None = None
     digests: dict[str, str] = {}
-    if safe:  # else: a link, pipe or pickle, and nothing more of this folder is opened
+    # Else: a link, pipe or pickle, and nothing more of this folder is opened; or weights that cannot be the right ones.
+    if safe and right_sizes(folder, present):
         try:
             known, digests = subject_and_files(folder, progress)  # one reading for both
         except SteelyardError as error:

@@ -5,6 +5,8 @@ Nothing is decided here: `bundle` asks the gate before, and verifies after.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -18,11 +20,11 @@ from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  
 from steelyard import __version__
 from steelyard.base.canonical import canonical_json, sha256_file, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
-from steelyard.base.files import fsync_folder
+from steelyard.base.files import fsync_folder, read_bounded
 from steelyard.base.progress import Progress, Silent
 from steelyard.model.headers import read_json_object
 from steelyard.model.identity import is_model_file, subject_of
-from steelyard.release.attest import RunFacts, sign, test_result
+from steelyard.release.attest import ENVELOPE_LIMIT, RunFacts, read_envelope, sign, test_result
 from steelyard.release.bom import ml_bom
 from steelyard.release.card import model_card
 from steelyard.release.checks_files import list_files
@@ -216,25 +218,54 @@ def write_seals(
     (folder / SUMMARY).write_bytes(sign(payload, signer, how.pem))
 
 
+def find_approval(candidate: Path, keyid: str) -> Path | None:
+    """The approval by this key in a candidate that was checked, durable; None where there is none."""
+    _remove_torsos(candidate)
+    for place in APPROVALS:
+        path = candidate / place
+        if path.exists() and keyid in read_envelope(read_bounded(path, ENVELOPE_LIMIT), place)[1]:
+            fsync_folder(candidate / HOME)
+            return path
+    return None
+
+
 def add_approval(candidate: Path, envelope: bytes) -> Path:
     """Put an approval into its first free place, whole or not at all, and never over another."""
-    handle, name = tempfile.mkstemp(dir=candidate.parent, prefix=f".{candidate.name}.")
+    handle, name = tempfile.mkstemp(dir=candidate.parent, prefix=_torso(candidate))
     try:
         with os.fdopen(handle, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # it is in use: nobody takes it for what a kill left
             file.write(envelope)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        for place in APPROVALS:
-            try:
-                os.link(name, candidate / place)
-            except FileExistsError:
-                continue
-            fsync_folder(candidate / HOME)
-            return candidate / place
+            os.chmod(name, 0o644)
+            for place in APPROVALS:
+                try:
+                    os.link(name, candidate / place)
+                except FileExistsError:
+                    continue
+                fsync_folder(candidate / HOME)
+                return candidate / place
     finally:
         Path(name).unlink(missing_ok=True)
     raise SteelyardError(f"{candidate}: has {len(APPROVALS)} approvals already")
+
+
+def _torso(candidate: Path) -> str:
+    return f".{candidate.name}.approval."
+
+
+def _remove_torsos(candidate: Path) -> None:
+    """What killed approvals left beside the candidate; not what another is writing there now."""
+    for path in candidate.parent.glob(f"{glob.escape(_torso(candidate))}????????"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            path.unlink(missing_ok=True)
 
 
 def _copy_model(model: Path, folder: Path, progress: Progress) -> None:
