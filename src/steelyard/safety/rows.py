@@ -106,7 +106,7 @@ def read_rows(path: Path) -> list[Row]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise FormatError(f"{path}: must be a list of objects, or JSON lines in a .jsonl file")
         return rows
-    found = []
+    found: list[Row] = []
     if _values(text) > VALUE_LIMIT * 4:
         raise FormatError(f"{path}: over {VALUE_LIMIT * 4:,} values: split it")
     for number, line in enumerate(io.StringIO(text), 1):
