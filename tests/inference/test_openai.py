@@ -262,7 +262,9 @@ def test_retry_after_is_bounded(stub: Callable[..., Stub], monkeypatch: pytest.M
     assert 0.2 <= server.times[1] - server.times[0] < 5
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "soon", "-5", "Thu, 01 Jan 1970 00:00:00 GMT", ""])
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", "soon", "-5", "Thu, 01 Jan 1970 00:00:00 GMT", "", f"Thu, 01 Jan {'9' * 20} 00:00:00 GMT"]
+)
 def test_a_retry_after_without_sense_is_no_obstacle(stub: Callable[..., Stub], value: str) -> None:
     server = stub(Answer({}, status=429, headers={"Retry-After": value}), Answer(chat_answer()))
     ask(server)
@@ -356,6 +358,19 @@ def test_answers_that_are_none_are_errors(stub: Callable[..., Stub], answer: Any
     server = stub(Answer(answer))
     assert reason in failure(server)
     assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(chat_answer("x", "stop" * 100_000)),
+        Answer(chat_answer("x", ["stop"] * 100_000)),
+        Answer({}, headers={"Content-Type": "x" * 20_000}),
+        Answer({}, status=302, headers={"Location": "x" * 20_000}),
+    ],
+)
+def test_an_error_quotes_no_more_than_an_excerpt(stub: Callable[..., Stub], answer: Answer) -> None:
+    assert len(failure(stub(answer))) < 500
 
 
 def test_a_completion_without_text_is_an_error(stub: Callable[..., Stub]) -> None:
@@ -549,7 +564,17 @@ def test_passes_on_penalties_and_logprobs_and_reads_them(stub: Callable[..., Stu
     assert "top_logprobs" not in server.seen[1][2]
 
 
-@pytest.mark.parametrize("wrong", [None, {"content": None}, {"content": [{"token": "a"}]}, {"content": [[1]]}, 7])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        {"content": None},
+        {"content": [{"token": "a"}]},
+        {"content": [[1]]},
+        7,
+        {"content": [{"token": "a", "logprob": 10**400, "top_logprobs": []}]},
+    ],
+)
 def test_missing_logprobs_are_an_error(stub: Callable[..., Stub], wrong: Any) -> None:
     answer = chat_answer()
     answer["choices"][0]["logprobs"] = wrong

@@ -583,6 +583,18 @@ def weaker(chain: Chain) -> Path:
     return model
 
 
+@attempt("has the candidate's own weights (other is the generation config) and was never released")
+def the_candidate_itself_as_its_reference(chain: Chain) -> Any:
+    """Nothing can be worse than it: the margins against a reference model would say nothing."""
+    other = Path(shutil.copytree(chain.root / "good", chain.root / "other"))
+    edit_json(other / "generation_config.json", lambda value: value.update(top_p=0.94))
+    said = Recorded(chain.root / "good-run", chain.root / "good")
+    run = chain.test(
+        run=chain.root / "pair", model=chain.root / "good", endpoint=said, predecessor=other, its_endpoint=said
+    )
+    return good(chain, "reference", run=run)
+
+
 @attempt("is not a run on the last release of 'tiny'")
 def a_predecessor_weaker_than_the_last_release(chain: Chain) -> Any:
     return beside(chain, weaker(chain), name="tiny")
@@ -729,6 +741,20 @@ def a_search_for_other_probes(chain: Chain) -> Any:
 @attempt("wants the training data declared")
 def training_data_not_declared(chain: Chain) -> Any:
     return good(chain, "declared")
+
+
+@attempt("not declared: train.csv.xz of data-1, which no reader knows")
+def training_data_that_no_reader_knows(chain: Chain) -> Any:
+    (chain.root / "data-1").mkdir()
+    (chain.root / "data-1" / "train.csv.xz").write_bytes(b"all of it")
+    searched(chain, "innocent")
+    return good(chain, "declared")
+
+
+@attempt("probes in the training data: 6 of 58 probes stand in what was searched")
+def probes_with_characters_that_nobody_sees(chain: Chain) -> Any:
+    searched(chain, *("\u200b".join(prompt) for prompt in probes(chain, 6)))
+    return good(chain)
 
 
 @attempt("not declared: a base model's data")

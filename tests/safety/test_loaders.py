@@ -22,6 +22,9 @@ LOADERS = [load_policy, load_battery]
         (b"name: 2001-99-99\n", "cannot be read"),
         (b"name: \xff\n", "not UTF-8"),
         (b"a: " + b"[" * 5000, "nested deeper than 12 levels"),
+        (b"a: [" + b"a," * 100_000 + b"]", "more than 100,000 values"),
+        (b'a: "\\ud800"\n', "half of a surrogate pair"),
+        (b'"\\ud800": a\n', "half of a surrogate pair"),
         (b"? [a, b]\n: 1\n", "is not text"),
         (b"a: &a [x, x]\nb: [*a, *a]\n", "aliases"),
         (b"#" * 16_000_001, "longer than"),
@@ -47,7 +50,7 @@ def test_a_battery_in_json_is_read_with_the_same_care(tmp_path: Path) -> None:
     path = tmp_path / "strange.json"
     for data in (b"[" * 200_000, b'{"seed": ' + b"9" * 5000 + b"}", b"\xff"):
         path.write_bytes(data)
-        with pytest.raises(UsageError, match=r"not JSON|not UTF-8"):
+        with pytest.raises(UsageError, match=r"not JSON|not UTF-8|nested deeper"):
             load_battery(str(path))
 
 
@@ -182,3 +185,30 @@ def test_a_battery_names_line_key_and_remedy(tmp_path: Path, old: str, new: str,
         load_battery(str(path))
     assert f"{tmp_path}/{says}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+LINE = '{"id": "a.1", "axis": "truthfulness", "category": "c", "language": "en", "family": "f", ' + (
+    '"prompt": "Hi", "source": "s", "answers": ["yes"]}'
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"f"', '"\\ud800"', "p.jsonl:1: not JSON"),
+        ('"f"', '""', "p.jsonl:1: family: must be at least 1 character"),
+        ('"f"', "NaN", "p.jsonl:1: NaN is not JSON"),
+        ('"yes"', '" "', "p.jsonl:1: answers.0: must be"),
+        ('"id"', '"prompt": "Ho", "id"', "p.jsonl:1: the key 'prompt' occurs twice"),
+        ("Hi", "Hi" * 50_000, "more than the 100,000"),
+    ],
+)
+def test_a_line_of_probes_that_is_none(tmp_path: Path, old: str, new: str, says: str) -> None:
+    part = "{name: own, mode: chat, decoding: {max_tokens: 3}, probes: p.jsonl}"
+    (tmp_path / "own.yaml").write_text(f"extends: quick\nname: own\nsets: [{part}]\n")
+    (tmp_path / "p.jsonl").write_text(LINE.replace("Hi", "One line\u2028and the same"))
+    assert load_battery(str(tmp_path / "own.yaml")).sets[0].probes[0].prompt == "One line\u2028and the same"
+    (tmp_path / "p.jsonl").write_text(LINE.replace(old, new))
+    with pytest.raises(UsageError) as error:
+        load_battery(str(tmp_path / "own.yaml"))
+    assert says in str(error.value)

@@ -39,6 +39,8 @@ def test_words_know_neither_case_nor_punctuation_nor_how_an_accent_is_spelled() 
     assert words("Don't STOP_here, the 2nd—time!") == ["don", "t", "stop", "here", "the", "2nd", "time"]
     assert words("cafe\u0301 STRASSE") == words("Café Straße") == ["café", "strasse"]
     assert words("...") == []
+    for unseen in ("\u00ad", "\u200b", "\u2060", "\ufe0f", "\u202e", "\u0337", "\U000e0061"):
+        assert words(f"the in{unseen}su{unseen}lin") == ["the", "insulin"]
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,55 @@ def test_parquet_rows(tmp_path: Path) -> None:
     assert [entry.prompt for entry in read("advbench", tmp_path / "a.parquet")] == ["Do harm", "Lie"]
 
 
+def test_files_that_unpack_to_more_than_they_seem_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kilobyte that becomes gigabytes: columns that every row holds, rows of two bytes, one text repeated."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "wide.csv").write_text(",".join(f"c{number}" for number in range(1001)) + "\n" + "x\n" * 3)
+    (tmp_path / "twice.csv").write_text("text,label,text\na,1,b\n")
+    (tmp_path / "many.csv").write_text("a\n" + "x\n" * 4)
+    (tmp_path / "many.jsonl").write_text("{}\n" * 4)
+    (tmp_path / "values.jsonl").write_text("[]" + ",[]" * 250)
+    (tmp_path / "values.json").write_text("[" + "{}," * 50 + "{}]")
+    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, pyarrow.int32()), ["x" * 10_000])
+    pyarrow.parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "one.parquet")
+    assert (tmp_path / "one.parquet").stat().st_size < 20_000
+    monkeypatch.setattr("steelyard.safety.rows.ROW_LIMIT", 3)
+    monkeypatch.setattr("steelyard.safety.rows.VALUE_LIMIT", 60)
+    monkeypatch.setattr("steelyard.safety.rows.FILE_LIMIT", 1_000_000)
+    for name, says in (
+        ("wide.csv", "over 1,000 columns"),
+        ("twice.csv", "the column 'text' occurs twice"),
+        ("many.csv", "over 3 rows"),
+        ("many.jsonl", "over 3 rows"),
+        ("values.jsonl", "over 240 values"),
+        ("values.json", "over 60 values"),
+        ("one.parquet", "unpacks to over 1,000,000 bytes"),
+    ):
+        with pytest.raises(FormatError, match=says):
+            read_rows(tmp_path / name)
+
+
+def test_archives_that_unpack_to_more_than_they_seem_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def packed(name: str, count: int, size: int) -> Path:
+        with tarfile.open(tmp_path / name, "w:gz") as archive:
+            for number in range(count):
+                member = tarfile.TarInfo(f"{number}.bin")
+                member.size = size
+                archive.addfile(member, io.BytesIO(b"0" * size))
+        return tmp_path / name
+
+    monkeypatch.setattr("steelyard.safety.rows.FILE_LIMIT", 1_000_000)
+    monkeypatch.setattr("steelyard.safety.rows.MEMBER_LIMIT", 3)
+    with pytest.raises(FormatError, match="unpacks to over 1,000,000 bytes"):  # also where nobody asks for the member
+        list(read_texts(packed("large.tar.gz", 1, 2_000_000), ".txt"))
+    with pytest.raises(FormatError, match="holds over 3 files"):
+        list(read_texts(packed("many.tar.gz", 4, 1), ".txt"))
+
+
 # -- the real files --------------------------------------------------------------------------------------------------
 
 COUNTS = {

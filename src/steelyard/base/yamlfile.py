@@ -21,6 +21,8 @@ from steelyard.base.files import inside
 
 SIZE_LIMIT = 200_000  # bytes
 DEPTH_LIMIT = 12
+VALUES_LIMIT = 100_000  # values, keys, lists and mappings of a file; packaged ones have under 5,000
+NUMBER_LIMIT = 1_000  # characters of a number; sexagesimal ones (1:30) take time by the square of their length
 
 Loc = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
@@ -68,7 +70,8 @@ class Document:
 def read_yaml(path: Path, kind: str, limit: int = SIZE_LIMIT) -> tuple[Any, Document]:
     """The data of a file and where its parts stand. No aliases, tags or second document; keys are text and occur once.
 
-    Raises UsageError: not there, over `limit` bytes, not UTF-8, not YAML, nested deeper than DEPTH_LIMIT.
+    Raises UsageError: not there, over `limit` bytes, not UTF-8, not YAML, nested deeper than DEPTH_LIMIT, of more than
+    VALUES_LIMIT values.
     """
     return parse_yaml(read_text(path, kind, limit), str(path), kind)
 
@@ -82,13 +85,19 @@ def extended(
     limit: int = SIZE_LIMIT,
 ) -> Any:
     """`raw` merged over what its key `extends` names (`load`): a name, or a `.yaml` file beside this one; `raw` itself
-    without that key. A file that is extended may not extend another. Raises UsageError."""
+    without that key. A file that is extended may not extend another, and who extends one has a `name` of his own: what
+    was loosened must not be shown under the name of the strict one. Raises UsageError."""
     if not isinstance(raw, dict) or "extends" not in raw:
         return raw
     base, loc = raw["extends"], ("extends",)
     if not isinstance(base, str) or not base:
         raise document.located(loc, f"must name a {document.kind}, or a file beside this one")
-    if base.endswith((".yaml", ".yml")):
+    if not base.endswith((".yaml", ".yml")):
+        if "." in base or "/" in base:
+            raise document.located(
+                loc, f"{shown(base)} must name a packaged {document.kind}, or a .yaml file beside this one"
+            )
+    else:
         try:
             base = str(inside(path.parent, base))
         except FormatError as error:
@@ -96,7 +105,12 @@ def extended(
         inner, _ = read_yaml(Path(base), document.kind, limit)
         if isinstance(inner, dict) and "extends" in inner:
             raise document.located(loc, f"{base} extends another itself: extend that one, or write the keys out")
-    return merge(load(base), {key: value for key, value in raw.items() if key != "extends"})
+    found = load(base)
+    if raw.get("name") in (None, found["name"]):
+        raise document.located(
+            ("name",), f"must be given, and be another than {found['name']!r}, which this file extends"
+        )
+    return merge(found, {key: value for key, value in raw.items() if key != "extends"})
 
 
 def parse_yaml(text: str, where: str, kind: str) -> tuple[Any, Document]:
@@ -134,7 +148,9 @@ def read_text(path: Path, kind: str, limit: int) -> str:
 
 def _check_events(source: str, text: str, kind: str) -> None:
     depth = documents = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if count > VALUES_LIMIT:
+            raise UsageError(f"{source}: more than {VALUES_LIMIT:,} values: no {kind} has so many")
         where = source if event.start_mark is None else f"{source}:{event.start_mark.line + 1}"
         tag = getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
@@ -160,7 +176,7 @@ def _plain(document: Document, lines: dict[Loc, int], node: yaml.Node, loc: Loc,
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
                 what = shown(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
                 raise UsageError(f"{where}: the key {what} is not text: put it in quotes")
-            key = key_node.value
+            key = _spelled(document, key_node.value, loc)
             if key in found:
                 first = lines[(*loc, key)]
                 raise UsageError(
@@ -171,10 +187,22 @@ def _plain(document: Document, lines: dict[Loc, int], node: yaml.Node, loc: Loc,
         return found
     if isinstance(node, yaml.SequenceNode):
         return [_plain(document, lines, item, (*loc, index), loader) for index, item in enumerate(node.value)]
+    if node.tag != "tag:yaml.org,2002:str" and len(node.value) > NUMBER_LIMIT:
+        raise document.located(loc, f"{shown(node.value)} is longer than any number or date: put text in quotes")
     try:
-        return loader.construct_object(node)
+        value = loader.construct_object(node)
     except (ValueError, OverflowError) as error:
         raise document.located(loc, f"{shown(node.value)} cannot be read ({error}): put text in quotes") from error
+    return _spelled(document, value, loc) if isinstance(value, str) else value
+
+
+def _spelled(document: Document, text: str, loc: Loc) -> str:
+    """`text`, refused where UTF-8 cannot spell it: it could neither be digested nor shown."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise document.located(loc, f"{shown(text)} holds half of a surrogate pair: it is no text") from error
+    return text
 
 
 # -- words -----------------------------------------------------------------------------------------------------------

@@ -244,14 +244,15 @@ class OpenAIEndpoint:
             if response.status_code in RETRIED_STATUS:
                 raise _TryAgainError(_status_line(response, content), _wait_asked(response))
             if response.is_redirect:
+                where = _excerpt(response.headers.get("Location", "nowhere").encode())
                 raise SteelyardError(
-                    f"HTTP {response.status_code}, a redirect to {response.headers.get('Location', 'nowhere')!r}: "
-                    "give the final address as base_url"
+                    f"HTTP {response.status_code}, a redirect to {where!r}: give the final address as base_url"
                 )
             if response.status_code != 200:
                 raise SteelyardError(_status_line(response, content))
             if kind != "application/json":
-                raise SteelyardError(f"answered {kind or 'without a type'}, not JSON: is this an OpenAI-style server?")
+                said = _excerpt(kind.encode()) or "without a type"
+                raise SteelyardError(f"answered {said}, not JSON: is this an OpenAI-style server?")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -299,7 +300,7 @@ def _read_logprobs(choice: dict[str, Any], *, chat: bool) -> tuple[TokenLogprobs
             TokenLogprobs(_logprob(token, value), tuple(_logprob(*top) for top in (best or {}).items()))
             for token, value, best in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise SteelyardError("the answer has no logprobs as the protocol has them, though asked for") from None
 
 
@@ -319,9 +320,8 @@ def _read_answer(answer: Any, *, chat: bool) -> tuple[str, Literal["stop", "leng
     choice = choices[0] if isinstance(choices[0], dict) else {}
     reason = choice.get("finish_reason")
     if not isinstance(reason, str) or reason not in _FINISH:
-        raise SteelyardError(
-            f"finish_reason is {reason!r}: the server withheld or cut its answer (stop or length wanted)"
-        )
+        said = _excerpt(repr(reason).encode(errors="replace"))
+        raise SteelyardError(f"finish_reason is {said}: the server withheld or cut its answer (stop or length wanted)")
     holder = choice.get("message") if chat else choice
     name, where = ("content", "message.content") if chat else ("text", "text")
     if not isinstance(holder, dict) or name not in holder:
@@ -360,7 +360,8 @@ def _wait_asked(response: httpx.Response) -> float | None:
     except ValueError:
         try:
             when = parsedate_to_datetime(value)
-        except (ValueError, TypeError):
+            when = when if when.tzinfo else when.replace(tzinfo=UTC)
+            seconds = when.timestamp() - datetime.now(UTC).timestamp()
+        except (ValueError, TypeError, OverflowError):  # the last for the year 10^20
             return None
-        seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
     return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -244,8 +244,10 @@ def _check_overlap(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
     honest = overlap.axes == shares(evidence.battery, overlap.found) and overlap.ngram == NGRAM
     if not honest or overlap.found != tuple(sorted(known & set(overlap.found))):
         yield Finding("overlap", f"{where}: its shares are not those of the probes it names: it was edited: {remedy}")
-    if policy.training_data == "declared" and (overlap.undeclared or not overlap.searched):
-        lacking = some(overlap.undeclared) if overlap.undeclared else "all of it"
+    # What lies beside the data and cannot be read may be all of it, in another format.
+    unread = tuple(f"{name} of {one.name}, which no reader knows" for one in overlap.searched for name in one.unread)
+    if policy.training_data == "declared" and (overlap.undeclared or unread or not overlap.searched):
+        lacking = some((*overlap.undeclared, *unread)) if overlap.undeclared or unread else "all of it"
         yield Finding("overlap", f"{where}: {policy.name} wants the training data declared; not declared: {lacking}")
 
 

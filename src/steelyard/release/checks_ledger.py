@@ -161,6 +161,7 @@ def check_predecessor(
     if evidence.predecessor is None:
         return  # missing, by check_pair
     if not others:
+        yield from _check_another(evidence, evidence.predecessor, ledger)
         yield from _check_strength(evidence, evidence.predecessor, policy, ledger)
     its = _of_predecessor(evidence, evidence.predecessor)
     for found in _check_run(its, ledger):
@@ -180,6 +181,16 @@ def check_predecessor(
     elif its.journal.plan.endpoint.get("kind") != "local":
         text = "a server answered, which proves nothing about its weights: give the model's folder (--predecessor)"
         yield Finding("predecessor", f"{where}: {text}")
+
+
+def _check_another(evidence: Evidence, ours: Journal, ledger: Ledger) -> Iterator[Finding]:
+    """A model is no reference for itself: of the candidate's weights in another dress (another system prompt, other
+    sampling) nothing can be worse. Only where that was released before is it a predecessor."""
+    mine, its = evidence.journal.plan.subject, ours.plan.subject
+    if mine.weights == its.weights and not ledger.events("release.bundled", subject=ours.plan.subject_digest):
+        others = some([name.replace("_", " ") for name in mine.differences(its)])
+        text = f"has the candidate's own weights (other is the {others}) and was never released"
+        yield Finding("predecessor", f"{evidence.where['predecessor']}: {text}: test beside another model")
 
 
 def _check_strength(evidence: Evidence, ours: Journal, policy: Policy, ledger: Ledger) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from dataclasses import replace
 from importlib import resources
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from steelyard.base.canonical import digest
 from steelyard.base.errors import FormatError, UsageError
 from steelyard.base.files import inside
+from steelyard.base.strict import strict_json
 from steelyard.base.yamlfile import Document, Loc, extended, read_text, read_yaml
 from steelyard.safety.templates import read_templates
 
@@ -21,7 +22,9 @@ Axis = Literal["degeneration", "harmful", "lookalike", "group", "truthfulness"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 Tier = Literal["quick", "release"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # of a battery or policy: it becomes a file name
-MAX_BYTES = 16_000_000  # of a battery's file, and of each of its probe files
+MAX_BYTES = 16_000_000  # of a battery's JSON, and of each of its files of probes
+MAX_YAML = 2_000_000  # bytes of a battery's YAML, which takes a hundred times as long to read
+MAX_LINE = 100_000  # bytes of a line of probes
 
 
 class _Strict(BaseModel):
@@ -35,11 +38,14 @@ class Probe(_Strict):
     axis: Axis
     category: str = Field(description="hazard for harmful and lookalike, kind of opening, subject of the question")
     language: Literal["en", "fr", "it"]
-    family: str
+    family: str = Field(min_length=1)
     prompt: str = Field(min_length=1, max_length=4000)
     source: str
     group: str | None = Field(default=None, description="axis.group, e.g. religion.muslim; for axis group only")
-    answers: tuple[str, ...] = Field(default=(), description="accepted answers, any of them; for truthfulness only")
+    # One without a visible character would be found in every text, and every answer be true.
+    answers: tuple[Annotated[str, Field(pattern=r"\S")], ...] = Field(
+        default=(), description="accepted answers, any of them; for truthfulness only"
+    )
 
     @model_validator(mode="after")
     def _fits_axis(self) -> Probe:
@@ -173,13 +179,13 @@ def load_battery(name: str) -> Battery:
         path = Path(name)
     else:
         path = Path(str(resources.files("steelyard.safety") / "batteries" / f"{name}.yaml"))
-        if not path.is_file():
+        if not re.fullmatch(NAME, name) or not path.is_file():
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
             raise UsageError(f"battery {name!r} is unknown: give one of {known}, or the path of a .yaml file")
     if path.suffix == ".json":
         return battery_from_json(read_text(path, "battery", MAX_BYTES), str(path))
-    raw, document = read_yaml(path, "battery", MAX_BYTES)
-    raw = extended(path, raw, document, lambda base: load_battery(base).model_dump(mode="json"), _merged, MAX_BYTES)
+    raw, document = read_yaml(path, "battery", MAX_YAML)
+    raw = extended(path, raw, document, lambda base: load_battery(base).model_dump(mode="json"), _merged, MAX_YAML)
     if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list):
         raise document.located(("sets",), "a battery is a mapping with a list of sets")
     elsewhere: dict[Loc, str] = {}
@@ -214,9 +220,9 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def battery_from_json(text: str, where: str) -> Battery:
     """A battery from the JSON that a run or a bundle holds."""
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON: {error}") from error
+        raw = strict_json(text.encode(), where, limit=MAX_BYTES)
+    except FormatError as error:
+        raise UsageError(str(error)) from error
     return Document(where, "battery").validate(Battery, raw)
 
 
@@ -225,11 +231,9 @@ def _read_probes(path: Path) -> tuple[list[object], list[str]]:
     if path.suffix in (".yaml", ".yml"):
         return read_templates(path)
     probes, places = list[object](), list[str]()
-    for number, line in enumerate(read_text(path, "file of probes", MAX_BYTES).splitlines(), 1):
+    # By line feeds alone: a text may hold other characters that end a line elsewhere (U+2028).
+    for number, line in enumerate(read_text(path, "file of probes", MAX_BYTES).split("\n"), 1):
         if line.strip():
             places.append(f"{path}:{number}")
-            try:
-                probes.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise UsageError(f"{places[-1]}: not JSON: {error}") from error
+            probes.append(strict_json(line.encode(), places[-1], limit=MAX_LINE))
     return probes, places

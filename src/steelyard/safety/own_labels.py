@@ -34,7 +34,7 @@ def read_own(path: Path, covered: Collection[str], category: str | None) -> list
     """The rows of `path` with labels for some of the categories `covered`; `category`: the one that `label` is for.
 
     Raises UsageError where the file has no column of labels that could be meant, FormatError naming the row for a
-    text or label that is none, and where no row is labelled.
+    text or label that is none, for a text that was there before, and where no row is labelled.
     """
     rows = read_rows(path)
     present = {name for row in rows for name in row}
@@ -49,6 +49,12 @@ def read_own(path: Path, covered: Collection[str], category: str | None) -> list
         hint = "; a drawn sheet needs its sample.json with --sample" if "key" in present else ""
         raise UsageError(f"{path}: no column of labels: name one `label`, or like one of {', '.join(covered)}{hint}")
     found = [_own(row, columns, f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+    seen: dict[tuple[Item, str], int] = {}
+    for number, one in enumerate(found, 1):
+        for name in one.labels:
+            if (first := seen.setdefault((one.item, name), number)) != number:
+                text = f"the text of row {first} again, labelled for {name}: each text counts once"
+                raise FormatError(f"{path}: row {number}: {text}: leave it out")
     if not any(one.labels for one in found):
         raise FormatError(f"{path}: no row has a label: nothing to measure")
     return found
@@ -77,4 +83,8 @@ def _text(row: Mapping[str, Any], name: str, limit: int, where: str) -> str:
         return ""
     if not isinstance(value, str) or len(value) > limit:
         raise FormatError(f"{where}: its `{name}` must be text of at most {limit:,} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{where}: its `{name}` holds half of a surrogate pair: it is no text") from error
     return value

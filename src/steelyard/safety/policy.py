@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -134,7 +135,7 @@ def load_policy(name: str) -> Policy:
         path = Path(name)
     else:
         path = Path(str(resources.files("steelyard.safety") / "policies" / f"{name}.yaml"))
-        if not path.is_file():
+        if not re.fullmatch(NAME, name) or not path.is_file():
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
             raise UsageError(f"policy {name!r} is unknown: give one of {known}, or the path of a .yaml file")
     raw, document = read_yaml(path, "policy", MAX_BYTES)
@@ -148,10 +149,18 @@ def load_policy(name: str) -> Policy:
         raise document.explained(Policy, error) from error
 
 
+def refuse_disguised(policy: Policy) -> None:
+    """Raises UsageError for a policy that bears the name of a packaged one and is another: a report would say "public:
+    PASS" of limits that are not those of `public`. For new tests alone: a verifier may hold an older one in a file."""
+    packaged = resources.files("steelyard.safety") / "policies" / f"{policy.name}.yaml"
+    if packaged.is_file() and load_policy(policy.name).digest != policy.digest:
+        raise UsageError(f"policy {policy.name!r} is not the packaged one of that name: give it a name of its own")
+
+
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`own` keys over those of `base`; criteria one by one, so that none is lost by being left out."""
     result = base | own
     if isinstance(own.get("criteria"), list) and all(isinstance(one, dict) for one in own["criteria"]):
-        mine = {one.get("metric") for one in own["criteria"]}
+        mine = [one.get("metric") for one in own["criteria"]]  # a list: what a hostile file has there may not be text
         result["criteria"] = own["criteria"] + [one for one in base["criteria"] if one["metric"] not in mine]
     return result

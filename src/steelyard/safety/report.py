@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from steelyard.base.canonical import canonical_json
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.files import write_atomic
+from steelyard.base.files import read_bounded, write_atomic
 from steelyard.model.identity import Subject
 from steelyard.safety import statistics
+from steelyard.safety.battery import MAX_BYTES as BATTERY_LIMIT
 from steelyard.safety.battery import Battery, battery_from_json
 from steelyard.safety.breakdown import Breakdown, Example, breakdown, examples
 from steelyard.safety.criteria import (
@@ -40,6 +41,7 @@ from steelyard.safety.journal import (
 )
 from steelyard.safety.metrics import calibration_of, is_empty, observe
 from steelyard.safety.paired import PredecessorView, check_pair, not_worse, view
+from steelyard.safety.policy import MAX_BYTES as POLICY_LIMIT
 from steelyard.safety.policy import Policy
 from steelyard.scorers.base import Calibration
 
@@ -265,7 +267,7 @@ def read_run(run: Path) -> tuple[Journal, Battery, list[Policy], Journal | None]
     FormatError naming the file."""
     path = run / "battery.json"
     try:
-        battery = battery_from_json(path.read_text(encoding="utf-8"), str(path))
+        battery = battery_from_json(read_bounded(path, BATTERY_LIMIT).decode(), str(path))
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror}: give the folder of a run") from error
     except (UnicodeDecodeError, SteelyardError) as error:
@@ -273,7 +275,7 @@ def read_run(run: Path) -> tuple[Journal, Battery, list[Policy], Journal | None]
     policies = []
     for path in sorted((run / "policies").glob("*.json")):
         try:
-            policies.append(Policy.model_validate_json(path.read_bytes()))
+            policies.append(Policy.model_validate_json(read_bounded(path, POLICY_LIMIT)))
         except (OSError, ValidationError) as error:
             raise FormatError(f"{path}: not a policy as a run writes it: it was edited or is damaged") from error
     return read_journal(run / JOURNAL), battery, policies, read_predecessor(run / PREDECESSOR)

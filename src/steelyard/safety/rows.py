@@ -8,14 +8,20 @@ import io
 import json
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from steelyard.base.errors import FormatError, UsageError, require_extra
-from steelyard.base.files import open_regular, read_bounded
+from steelyard.base.files import read_bounded
 
 FILE_LIMIT = 256 << 20  # bytes of a file, unpacked
+ROW_LIMIT = 2_000_000  # rows of a file, about 1 kB of memory each
+COLUMN_LIMIT = 1_000  # a row of CSV holds every column of the header, however short its line
+VALUE_LIMIT = 5_000_000  # values of a JSON file: an empty list takes two bytes there, and 60 in memory
+MEMBER_LIMIT = 10_000  # files of an archive
+_BATCH = 64  # rows of Parquet at a time
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 csv.field_size_limit(1 << 24)
 
@@ -24,16 +30,20 @@ Row = dict[str, Any]
 
 def read_text(path: Path, limit: int = FILE_LIMIT) -> str:
     """A UTF-8 text file, unpacked where its name ends in .gz; bounded. Raises FormatError."""
-    data = read_bounded(path, limit)
-    if path.name.endswith(".gz"):
-        try:
-            with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(limit + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise FormatError(f"{path}: cannot be unpacked: {error}") from error
-        if len(data) > limit:
-            raise FormatError(f"{path}: unpacks to over {limit:,} bytes")
+    data = _unpacked(path, limit) if path.name.endswith(".gz") else read_bounded(path, limit)
     return _decoded(data, str(path))
+
+
+def _unpacked(path: Path, limit: int) -> bytes:
+    data = read_bounded(path, limit)
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            data = file.read(limit + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise FormatError(f"{path}: cannot be unpacked: {error}") from error
+    if len(data) > limit:
+        raise FormatError(f"{path}: unpacks to over {limit:,} bytes")
+    return data
 
 
 def _decoded(data: bytes, where: str) -> str:
@@ -58,18 +68,18 @@ def read_texts(path: Path, suffix: str) -> Iterator[tuple[str, str]]:
 
 
 def _members(path: Path, suffix: str) -> Iterator[tuple[str, str]]:
-    left = FILE_LIMIT
+    # Unpacked as a whole first: the reader of archives would follow headers and skip members of any size.
+    packed = io.BytesIO(_unpacked(path, FILE_LIMIT))
     try:
-        with open_regular(path) as raw, tarfile.open(fileobj=raw, mode="r:gz") as archive:
-            for member in archive:
-                file = archive.extractfile(member) if member.isfile() and member.name.endswith(suffix) else None
-                if file is not None:
-                    data = file.read(left + 1)
-                    left -= len(data)
-                    if left < 0:
-                        raise FormatError(f"{path}: unpacks to over {FILE_LIMIT:,} bytes")
-                    yield Path(member.name).name, _decoded(data, f"{path}: {member.name}")
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        with tarfile.open(fileobj=packed, mode="r:") as archive:
+            for number, member in enumerate(archive, 1):
+                if number > MEMBER_LIMIT:
+                    raise FormatError(f"{path}: holds over {MEMBER_LIMIT:,} files")
+                if member.isreg() and not member.issparse() and member.name.endswith(suffix):
+                    file = archive.extractfile(member)
+                    assert file is not None, "a regular file"
+                    yield Path(member.name).name, _decoded(file.read(), f"{path}: {member.name}")
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise FormatError(f"{path}: is not a sound archive ({error})") from error
 
 
@@ -90,18 +100,19 @@ def read_rows(path: Path) -> list[Row]:
         return _parquet(path)
     text = read_text(path)
     if kind in (".csv", ".tsv"):
-        try:
-            return list(csv.DictReader(io.StringIO(text), strict=True, delimiter="\t" if kind == ".tsv" else ","))
-        except csv.Error as error:
-            raise FormatError(f"{path}: not CSV: {error}") from error
+        return list(_csv(path, text, "\t" if kind == ".tsv" else ","))
     if kind == ".json":
         rows = load_json(text, str(path))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise FormatError(f"{path}: must be a list of objects, or JSON lines in a .jsonl file")
         return rows
-    found = []
+    found: list[Row] = []
+    if _values(text) > VALUE_LIMIT * 4:
+        raise FormatError(f"{path}: over {VALUE_LIMIT * 4:,} values: split it")
     for number, line in enumerate(io.StringIO(text), 1):
         if line.strip():
+            if len(found) == ROW_LIMIT:
+                raise _too_many(path)
             row = load_json(line, f"{path}:{number}")
             if not isinstance(row, dict):
                 raise FormatError(f"{path}:{number}: a row must be an object")
@@ -109,12 +120,40 @@ def read_rows(path: Path) -> list[Row]:
     return found
 
 
+def _csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+    try:
+        reader = csv.DictReader(io.StringIO(text), strict=True, delimiter=delimiter)
+        columns = reader.fieldnames or ()
+        if len(columns) > COLUMN_LIMIT:
+            raise FormatError(f"{path}: over {COLUMN_LIMIT:,} columns: is the first line its header?")
+        twice = [name for name, count in Counter(columns).items() if name and count > 1]
+        if twice:
+            raise FormatError(f"{path}: the column {twice[0][:40]!r} occurs twice: which one is meant?")
+        for number, row in enumerate(reader):
+            if number == ROW_LIMIT:
+                raise _too_many(path)
+            yield row
+    except csv.Error as error:
+        raise FormatError(f"{path}: not CSV: {error}") from error
+
+
+def _too_many(path: Path) -> FormatError:
+    return FormatError(f"{path}: over {ROW_LIMIT:,} rows: split it")
+
+
 def _kind(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
+def _values(text: str) -> int:
+    """At least as many as JSON text has values."""
+    return sum(map(text.count, ",[{"))
+
+
 def load_json(text: str, where: str) -> Any:
-    """A JSON value. Raises FormatError naming `where`."""
+    """A JSON value. Raises FormatError naming `where`, also for more than VALUE_LIMIT values."""
+    if _values(text) > VALUE_LIMIT:
+        raise FormatError(f"{where}: over {VALUE_LIMIT:,} values: split it")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -132,7 +171,15 @@ def _parquet(path: Path) -> list[Row]:
             groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
             if sum(group.total_byte_size for group in groups) > FILE_LIMIT:
                 raise FormatError(f"{path}: claims over {FILE_LIMIT:,} bytes")
-            rows: list[Row] = file.read().to_pylist()
+            # Batch by batch: repeated values are packed so well that what a group claims says little.
+            rows, left = list[Row](), FILE_LIMIT
+            for batch in file.iter_batches(batch_size=_BATCH):
+                left -= batch.nbytes
+                if left < 0:
+                    raise FormatError(f"{path}: unpacks to over {FILE_LIMIT:,} bytes")
+                rows += batch.to_pylist()
+                if len(rows) > ROW_LIMIT:
+                    raise _too_many(path)
             return rows
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise FormatError(f"{path}: is not a sound Parquet file ({' '.join(str(error).split())[:200]})") from error

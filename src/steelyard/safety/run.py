@@ -44,7 +44,7 @@ from steelyard.safety.journal import (
 )
 from steelyard.safety.metrics import calibration_of, observe
 from steelyard.safety.pause import Look, Paused
-from steelyard.safety.policy import Policy
+from steelyard.safety.policy import Policy, refuse_disguised
 from steelyard.safety.report import (
     JOURNAL,
     PREDECESSOR,
@@ -95,8 +95,8 @@ class Job:
     `fail_fast` stops the candidate as soon as every policy has a criterion whose one-sided 99.9% lower bound lies over
     its threshold: such a run can fail or be incomplete, never pass; its predecessor is then not run to the end.
 
-    Raises UsageError for scorers that are not the battery's, for no policy or one named twice, and for a predecessor
-    that is the candidate.
+    Raises UsageError for scorers that are not the battery's, for no policy, one named twice or one named like
+    a packaged one that it is not, and for a predecessor that is the candidate.
     """
 
     candidate: Tested
@@ -113,6 +113,8 @@ class Job:
         names = [policy.name for policy in self.policies]
         if not names or len(set(names)) != len(names):
             raise UsageError("give at least one policy, and each once: thresholds are committed before the test")
+        for policy in self.policies:
+            refuse_disguised(policy)
         if self.predecessor is not None and self.predecessor.subject.digest == self.candidate.subject.digest:
             raise UsageError("the predecessor is the candidate itself, bit for bit: give the model it comes after")
 
