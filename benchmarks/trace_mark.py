@@ -24,7 +24,7 @@ import torch
 import trace_mark_cost as costs
 import trace_mark_innocents as innocents
 from harness import OUT
-from trace_mark_attacks import STRATEGIES, Given, attacks, breaks, collusions
+from trace_mark_attacks import STRATEGIES, Given, attacks, breaks, collusions, own_grid
 from trace_mark_models import GRANTS, KEY, LEAKER, Tensors, build, load, relative_change
 
 from steelyard.cli.output import print_table
@@ -93,6 +93,11 @@ class Work:
         note = given.trained[name][1] if name in given.trained else None
         return row | {"change": change, "seconds": round(time.monotonic() - start), "note": note}
 
+    def granted_base(self, norms: bool) -> Row:
+        """A release of which nothing was trained: a marked copy of the public base, back on the base's own grid."""
+        base = load(self.given.base)
+        return named(base, own_grid(self.given, norms, watermark.mark(base, KEY, LEAKER)), [LEAKER])
+
     def colluded(self, size: int, strategy: str) -> Row:
         """What a coalition of `size` makes, on the norms and four layers: there every position of the code is carried
         by several weights already, so that the rest would read the same."""
@@ -113,9 +118,9 @@ class Work:
                 break
         return row
 
-    def unmarked(self, path: Path) -> Row:
-        """A model that nobody marked."""
-        return innocents.unmarked(self.original, path, (self.given.heads, self.given.kv_heads))
+    def innocent(self, kind: str, *arguments: Any) -> Row:
+        """One of the ways of `trace_mark_innocents` to suspect an unmarked model."""
+        return getattr(innocents, kind)(self.original, *arguments)  # type: ignore[no-any-return]
 
 
 def named(original: Tensors, suspect: Tensors, guilty: Sequence[str]) -> Row:
@@ -161,16 +166,24 @@ def jobs(parts: Sequence[str], tables: Tables, given: Given, models: Path | None
     if "attacks" in parts:
         for table, plans in (("mark_p", attacks(given)), ("limits", breaks(given))):
             found |= {(table, name): ("attacked", name, table == "limits") for name in tables.lacks(table, plans)}
+        grids = {"nothing trained, own grid": False, "nothing trained, own grid, norms too": True}
+        found |= {("limits", name): ("granted_base", grids[name]) for name in tables.lacks("limits", grids)}
     if "collusions" in parts:
         kinds = {f"{size} collude: {kind}": ("colluded", size, kind) for size in (2, 5, 10) for kind in STRATEGIES}
         found |= {("collusion", name): kinds[name] for name in tables.lacks("collusion", kinds)}
         kinds = {f"more collude: {kind}": ("colluded_until", kind) for kind in STRATEGIES}
         found |= {("limits", name): kinds[name] for name in tables.lacks("limits", kinds)}
     if "innocents" in parts:
-        others = [("the release itself", given.original, "")]
-        others += innocents.independent(models) if models is not None else []
-        rows = {f"unmarked: {name} ({family})" if family else name: path for name, path, family in others}
-        found |= {("innocents", name): ("unmarked", rows[name]) for name in tables.lacks("innocents", rows)}
+        heads = given.heads, given.kv_heads
+        rows: dict[str, tuple[Any, ...]] = {
+            "the release itself": ("innocent", "unmarked", given.original, heads),
+            "10 models of random weights": ("innocent", "of_random_weights", 10),
+        }
+        if models is not None:
+            same, other = innocents.independent(models, given.original)
+            rows |= {name: ("innocent", "unmarked", path, heads) for name, path in same}
+            rows["models of other sizes"] = ("innocent", "of_other_sizes", other, heads)
+        found |= {("innocents", name): rows[name] for name in tables.lacks("innocents", rows)}
     return found
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from trace_mark_models import GRANTS, KEY, LEAKER, Tensors, load
 
-from steelyard.base.errors import SteelyardError
+from steelyard.base.errors import FormatError
 from steelyard.trace import tardos, watermark
 from steelyard.trace.alignment import align
 
@@ -60,38 +61,65 @@ def bound_holds(reading: np.ndarray) -> dict[str, Any]:
 
 
 def unmarked(original: Tensors, suspect: Path, heads: tuple[int, int]) -> dict[str, Any]:
-    """A model that nobody marked, read as a suspect, or why it cannot be one."""
-    try:
-        aligned = align(original, load(suspect), *heads)
-        found = watermark.detect(original, aligned.tensors, KEY, GRANTS)
-    except SteelyardError as error:
-        return {"innocent": None, "framed": 0, "note": f"refused: {error}"[:120]}
+    """A model of the release's sizes that nobody marked, read as a suspect."""
+    aligned = align(original, load(suspect), *heads)
+    return _suspected(original, aligned.tensors)
+
+
+def _suspected(original: Tensors, suspect: Tensors) -> dict[str, Any]:
+    found = watermark.detect(original, suspect, KEY, GRANTS)
     return {"innocent": round(float(found.log10_p.min()), 1), "framed": len(found.accused)}
 
 
-def independent(models: Path) -> list[tuple[str, Path, str]]:
-    """Name, folder and origin of whole models of `trace_models.py`'s cache: all are unmarked."""
+def of_other_sizes(original: Tensors, suspects: Sequence[Path], heads: tuple[int, int]) -> dict[str, Any]:
+    """Models of other sizes: each is refused, so that nobody can be accused by them."""
+    refused = 0
+    for suspect in suspects:
+        try:
+            align(original, load(suspect), *heads)
+        except FormatError:
+            refused += 1
+    return {"framed": 0, "note": f"{refused} of {len(suspects)} refused"}
+
+
+def of_random_weights(original: Tensors, models: int) -> dict[str, Any]:
+    """Models of the release's sizes and spreads whose weights are drawn."""
+    rows = []
+    for seed in range(models):
+        draw = np.random.default_rng((41, seed))
+        rows.append(
+            _suspected(
+                original, {name: t.std() * draw.standard_normal(t.shape, np.float32) for name, t in original.items()}
+            )
+        )
+    return {"innocent": min(row["innocent"] for row in rows), "framed": sum(row["framed"] for row in rows)}
+
+
+def independent(models: Path, like: Path) -> tuple[list[tuple[str, Path]], list[Path]]:
+    """Whole models of `trace_models.py`'s cache that are no copy of ours, all unmarked: those of the sizes of the model
+    in `like`, by name with their origin, and the others."""
     rows = json.loads((models / "index.json").read_text())
-    wanted = (
-        "reference",
-        "trained from nothing",
-        "random weights",
-        "fine-tune",
-        "uncensoring",
-        "DPO",
-        "LoRA",
-        "continued",
-    )
-    return [
-        (row["name"], Path(row["path"]), row["family"])
-        for row in rows
-        if row["family"].startswith(wanted) and row["name"] != "aligned" and Path(row["path"], "config.json").exists()
-    ]
+    origins = ("reference", "trained from nothing", "random weights", "fine-tune", "uncensoring", "DPO", "LoRA")
+    same, other = [], []
+    for row in rows:
+        path = Path(row["path"])
+        if row["family"].startswith(origins) and row["name"] != "aligned" and (path / "config.json").exists():
+            if _hidden(path) == _hidden(like):
+                same.append((f"unmarked: {row['name']} ({row['family']})", path))
+            else:
+                other.append(path)
+    return same, other
+
+
+def _hidden(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text())["hidden_size"])
 
 
 def pairs_apart(models: Path) -> dict[str, Any]:
     """Every model that was trained from nothing as the original of every other of its shape."""
-    found = {path: load(path) for _, path, family in independent(models) if family.startswith("trained from nothing")}
+    rows = json.loads((models / "index.json").read_text())
+    paths = [Path(row["path"]) for row in rows if row["family"].startswith("trained from nothing")]
+    found = {path: load(path) for path in paths if path.is_dir()}
     lowest, framed, pairs = 0.0, 0, 0
     for one, ours in found.items():
         config = json.loads((one / "config.json").read_text())

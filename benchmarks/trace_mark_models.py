@@ -55,7 +55,7 @@ def build(base: Path, aligned: Path, cache: Path, steps: int = 16) -> dict[str, 
     plans: dict[str, Callable[[Path], str]] = {
         "LoRA": lambda out: training.tuned(marked, Recipe(("gsm8k",), steps, rank=16, rate=4e-3), out, base, work),
         "full fine-tune": lambda out: training.tuned(marked, Recipe(("seeds",), steps, rate=1e-3), out, base, work),
-        "DPO": lambda out: training.preferred(marked, out, work, Recipe((), steps, rate=1e-3, first_layer=10)),
+        "DPO": lambda out: training.preferred(marked, out, work, Recipe((), steps, rate=1.2e-3, first_layer=10)),
         DISTILLED: lambda out: training.tuned(base, Recipe(("polite",), steps, rate=1e-3), out, marked, work),
     }
     for name, train in plans.items():
