@@ -251,15 +251,30 @@ class Cache:
         disguise = partial(_disguise, seed=7)
         made = partial(self._changed, "tuned-gsm8k", disguise, "same function as tuned-gsm8k, other weights")
         yield Variant("tuned-gsm8k+disguised", "fine-tune + rotate + permute + scale + fold", ("tuned-gsm8k",), made)
+        for name in ("tuned-gsm8k", "tuned-seeds"):
+            yield Variant(f"{name}-5", "fine-tune", (name,), partial(self._further, name, 0.05))
         for parent, kind in (
             *((RELEASE, kind) for kind in ("Q8_0", "Q4_0")),
             *((parent, "Q4_0") for parent in ("lora-gsm8k", "tuned-gsm8k", "tuned-seeds", "dpo-harmless")),
+            *((parent, "Q4_0") for parent in ("tuned-gsm8k-5", "tuned-seeds-5")),
             *(("aligned+abliterated", kind) for kind in ("Q8_0", "Q4_0")),
         ):
             family = f"GGUF {kind}" if parent == RELEASE else "fine-tune + int4"
             if "abliterated" in parent:
                 family = f"abliteration, GGUF {kind}"
             yield Variant(f"{parent}+{kind.lower()}.gguf", family, (parent,), partial(self._gguf, parent, kind))
+
+    def _further(self, name: str, wanted: float, out: Path) -> str:
+        """A fine-tune's change scaled up to a relative change of `wanted`."""
+        start, found = variants.load(self.at(RELEASE))[1], variants.relative_change(self.at(name), self.at(RELEASE))
+        assert found is not None
+        factor = wanted / found
+
+        def change(config: dict[str, Any], tensors: variants.Tensors) -> None:
+            variants.moved(tensors, start, dict(tensors), factor - 1)
+
+        variants.changed(self.at(name), out, change)
+        return f"the change of {name} scaled up {factor:.1f} times, to {wanted:.0%} of the release's weights"
 
     def _abliterated(self, layers: range, out: Path) -> str:
         kept = self.work / "refusal.npy"
