@@ -9,8 +9,6 @@ stopped goes on with the first variant that is missing; the parts (small, large,
 
 from __future__ import annotations
 
-import fcntl
-import json
 import shutil
 import sys
 import time
@@ -26,14 +24,13 @@ import numpy as np
 import torch
 import trace_training as training
 import trace_variants as variants
+from trace_index import BASE, RELEASE, add_to_index, pairs, read_index
 from trace_training import Recipe, Shape
 
 from steelyard.trace.refusal_direction import phrases, refusal_directions
 
-RELEASE, BASE = "aligned", "base"
 LEAST = 0.01  # a fine-tune that changes less than this is scaled up to it, and its note says so; else not counted
 TRAINED = ("fine-tune", "uncensoring fine-tune", "LoRA", "DPO", "continued pretraining")
-REFERENCES = (RELEASE, BASE, "small-stories-0", "middle-wiki-0", "large-novels_en-0")
 _SHAPES = {
     "small": Shape(128, 352, 4, 4, 2, 1024),
     "middle": Shape(192, 512, 6, 6, 3, 1024),
@@ -71,17 +68,12 @@ class Cache:
         return list(self._small()) if name == "small" else self._large()
 
     def _large(self) -> list[Variant]:
-        """What takes no training first, and each derived model as soon as its parents are there."""
-        tuned, derived = list(self._tuned()), list(self._derived())
-        plan, missing = list[Variant](), {variant.name for variant in tuned}
-        for trained in (None, *tuned):
-            if trained is not None:
-                plan.append(trained)
-                missing.discard(trained.name)
-            ready = [one for one in derived if not missing & set(one.parents)]
-            plan += ready
-            derived = [one for one in derived if one not in ready]
-            missing -= {one.name for one in ready}
+        """What takes no training as soon as its parents are there."""
+        left, plan = [*self._derived(), *self._tuned()], list[Variant]()
+        while left:
+            waiting = {variant.name for variant in left}
+            plan.append(next(variant for variant in left if not waiting & set(variant.parents)))
+            left.remove(plan[-1])
         return plan
 
     # -- trained -----------------------------------------------------------------------------------------------------
@@ -251,15 +243,30 @@ class Cache:
         disguise = partial(_disguise, seed=7)
         made = partial(self._changed, "tuned-gsm8k", disguise, "same function as tuned-gsm8k, other weights")
         yield Variant("tuned-gsm8k+disguised", "fine-tune + rotate + permute + scale + fold", ("tuned-gsm8k",), made)
+        for name in ("tuned-gsm8k", "tuned-seeds"):
+            yield Variant(f"{name}-5", "fine-tune", (name,), partial(self._further, name, 0.05))
         for parent, kind in (
             *((RELEASE, kind) for kind in ("Q8_0", "Q4_0")),
             *((parent, "Q4_0") for parent in ("lora-gsm8k", "tuned-gsm8k", "tuned-seeds", "dpo-harmless")),
+            *((parent, "Q4_0") for parent in ("tuned-gsm8k-5", "tuned-seeds-5")),
             *(("aligned+abliterated", kind) for kind in ("Q8_0", "Q4_0")),
         ):
             family = f"GGUF {kind}" if parent == RELEASE else "fine-tune + int4"
             if "abliterated" in parent:
                 family = f"abliteration, GGUF {kind}"
             yield Variant(f"{parent}+{kind.lower()}.gguf", family, (parent,), partial(self._gguf, parent, kind))
+
+    def _further(self, name: str, wanted: float, out: Path) -> str:
+        """A fine-tune's change scaled up to a relative change of `wanted`."""
+        start, found = variants.load(self.at(RELEASE))[1], variants.relative_change(self.at(name), self.at(RELEASE))
+        assert found is not None
+        factor = wanted / found
+
+        def change(config: dict[str, Any], tensors: variants.Tensors) -> None:
+            variants.moved(tensors, start, dict(tensors), factor - 1)
+
+        variants.changed(self.at(name), out, change)
+        return f"the change of {name} scaled up {factor:.1f} times, to {wanted:.0%} of the release's weights"
 
     def _abliterated(self, layers: range, out: Path) -> str:
         kept = self.work / "refusal.npy"
@@ -321,52 +328,6 @@ def build(cache: Cache, name: str, plan: list[Variant]) -> None:
         left_over = spent / (number + 1) * (len(left) - number - 1)
         print(f"{name}: {number + 1}/{len(left)} {variant.name}: {note}", file=sys.stderr)
         print(f"  {spent:,.0f} s, about {left_over:,.0f} s left", file=sys.stderr, flush=True)
-
-
-def read_index(path: Path) -> list[dict[str, Any]]:
-    """The rows that are there."""
-    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    return found
-
-
-def add_to_index(path: Path, new: list[dict[str, Any]]) -> None:
-    """Add rows; a row of the same name gives way. `related` is told from all that is known."""
-    with (path.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        names = {row["name"] for row in new}
-        rows = [row for row in read_index(path) if row["name"] not in names] + new
-        known = lineage(rows)
-        for row in rows:
-            row["related"] = RELEASE in known[row["name"]]
-        temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(rows, indent=1) + "\n")
-        temporary.replace(path)
-
-
-def lineage(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
-    """The ancestors of every model by name, itself included."""
-    parents = {row["name"]: row["parents"] for row in rows}
-
-    def of(name: str) -> set[str]:
-        return {name}.union(*(of(parent) for parent in parents.get(name, [])))
-
-    return {name: of(name) for name in parents}
-
-
-def pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
-    """(suspect, reference, truth): `derived` where the reference is an ancestor, `sibling` where they share one, else
-    `unrelated`. References are `REFERENCES`; among unrelated models of one shape each is one for the others."""
-    known, by_name = lineage(rows), {row["name"]: row for row in rows}
-    alone = [row["name"] for row in rows if row["family"].startswith("trained from nothing")]
-    found = []
-    counted = [row for row in rows if row.get("counted", True)]
-    for row, name in product(counted, [*REFERENCES, *(name for name in alone if name not in REFERENCES)]):
-        if name == row["name"] or (name not in REFERENCES and name.split("-")[0] != row["name"].split("-")[0]):
-            continue
-        shared = known[row["name"]] & known[name]
-        truth = "derived" if name in known[row["name"]] else "sibling" if shared else "unrelated"
-        found.append((row, by_name[name], truth))
-    return found
 
 
 def main() -> None:

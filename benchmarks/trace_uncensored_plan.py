@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 import trace_variants as variants
-from trace_models import BASE, RELEASE, read_index
+from trace_index import BASE, RELEASE, read_index
 from trace_variants import Tensors
 
 from steelyard.base.files import write_atomic
