@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forging import set_subject
+from forging import set_subject, sparse_weights
 from forging_copies import Copies
 from granting import Desk
 from scenario import PASSPHRASE
 
 from steelyard.base.canonical import sha256_file
+from steelyard.model import identity
 from steelyard.release.grant_copy import (
     COUNTERSIGNATURE,
     LICENCE,
@@ -296,3 +297,12 @@ def test_a_link_is_named(copies: Copies) -> None:
     (copies.folder / "LICENSE").symlink_to(copies.desk.root / "elsewhere")
     found = verify_copy(copies.folder, copies.desk.trust)
     assert any("LICENSE: is no plain file" in finding.message for finding in found.findings)
+
+
+def test_weights_of_another_size_are_not_hashed(copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terabyte that takes no room on the disk would take an hour."""
+    sparse_weights(copies.folder / "model.safetensors", 1 << 40)
+    for one in ("_hash_file", "_hash_range"):
+        monkeypatch.setattr(identity, one, lambda *_: pytest.fail("the weights are hashed"))
+    found = verify_copy(copies.folder, copies.desk.trust)
+    assert any("model.safetensors: was changed" in finding.message for finding in found.findings)
