@@ -185,3 +185,20 @@ def test_what_is_refused(chain: Chain) -> None:
     assert not listed(chain).with_name("withdrawn.json.proposal").exists()
     steelyard("releases", "--workspace", chain.root, "--list", listed(chain), code=2)
     steelyard("releases", "--workspace", chain.root / "elsewhere", code=2)
+
+
+def test_releases_asks_the_list_of_the_trust_file(chain: Chain, tmp_path: Path) -> None:
+    """What was withdrawn from another workspace is told, as by `verify`, once the trust file names the list."""
+    other = chain.copy(tmp_path / "other")
+    begin = [bundle(other), "--reason", "the toxicity test was missed", "--key", "dora", "--key", "bob"]
+    withdraw(other, *begin, "--name", "example")
+    shutil.copyfile(listed(other), listed(chain))
+    path = chain.root / "trust.yaml"
+    asked = ("releases", "--workspace", chain.root, "--trust", path)
+    assert "names no list (withdrawal.list): give --list" in steelyard(*asked, code=2).err
+    trust = json.loads(path.read_text())
+    trust["withdrawal"] |= {"list": "withdrawn.json", "name": "example"}
+    path.write_text(json.dumps(trust))
+    assert [one["state"] for one in steelyard(*asked, "--json").json] == ["withdrawn"]
+    assert [one["state"] for one in steelyard("releases", "--workspace", chain.root, "--json").json] == ["released"]
+    refused(check(chain, code=1), "withdrawn", "the toxicity test was missed")

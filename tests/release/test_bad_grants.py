@@ -1,40 +1,32 @@
-"""Bad input of requests, reviews, grants and deliveries: a clear error each, and nothing half-written that verifies."""
+"""Bad input of requests, grants and deliveries: a clear error each, and nothing half-written that verifies."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from bad_grants import NOW, flipped, issue_folder, noted, revoked
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from forging import set_subject, statement_of
-from granting import LICENCE, Desk, person, public_pem
+from forging import statement_of
+from granting import LICENCE, Desk, person
 from scenario import PASSPHRASE
 
 from steelyard.base.canonical import canonical_json, sha256_hex
 from steelyard.base.errors import SteelyardError
 from steelyard.release.attest import sign
-from steelyard.release.grant_book import Book
 from steelyard.release.grant_deliver import Keys, mark_only
 from steelyard.release.grant_keys import MarkKey, load_identity_key, load_mark_key
 from steelyard.release.grant_request import read_person
 from steelyard.release.grant_transport import check_receipt, receipt
 from steelyard.release.grant_verify import verify_copy
-from steelyard.release.grants import countersign, forget, issue, revoke
-from steelyard.release.keys import load_signer, new_key
-
-NOW = datetime.now(UTC)
-HERE = Path(__file__).resolve().parent
+from steelyard.release.grants import countersign, forget, revoke
 
 
 def copies(desk: Desk) -> list[Path]:
@@ -138,16 +130,6 @@ def request_file(desk: Desk) -> Path:
     return desk.root / "grants" / "requests" / only_request(desk) / "request.sealed"
 
 
-def issue_folder(desk: Desk, grant: str) -> Path:
-    return desk.root / "grants" / "issued" / grant
-
-
-def flipped(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 def stranger(desk: Desk) -> X25519PrivateKey:
     return X25519PrivateKey.generate()
 
@@ -160,11 +142,6 @@ def with_identity(desk: Desk, private: X25519PrivateKey) -> dict[str, Any]:
 def with_mark(desk: Desk, mark: MarkKey) -> dict[str, Any]:
     keys = desk.keys()
     return {"keys": Keys(mark, keys.identity, keys.signer, keys.card)}
-
-
-def revoked(desk: Desk, grant: str) -> None:
-    with desk.book() as book:
-        revoke(book, grant, "moved on", signer=desk.signer("bob"), trust=desk.trust)
 
 
 def without_event(desk: Desk, grant: str) -> None:
@@ -230,11 +207,6 @@ def licence(desk: Desk, text: bytes) -> Path:
     path = desk.root / "terms"
     path.write_bytes(text)
     return path
-
-
-def noted(desk: Desk, kind: str, **payload: Any) -> None:
-    with desk.chain.ledger() as ledger:
-        ledger.append(kind, payload)
 
 
 @pytest.mark.parametrize("name", DELIVERIES)
@@ -325,272 +297,5 @@ def _swapped(path: Path) -> None:
     path.write_bytes(other.read_bytes())
 
 
-# -- half-done -------------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing after it runs."""
-
-
-def killed_before_its_event(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    def note(*_: object, **__: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Book, "note", note)
-        with pytest.raises(Killed):
-            act()
-
-
-def test_a_review_killed_before_its_event_is_completed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the same person with the same word, and by nobody else."""
-    request = desk.request().id
-    killed_before_its_event(monkeypatch, lambda: desk.review(request, "bob"))
-    assert "approved" not in desk.kinds()
-    with pytest.raises(SteelyardError, match="one person reviews once"):
-        desk.review(request, "bob", "refuse")
-    path = desk.review(request, "bob")
-    assert path.name == "review-1.dsse.json"
-    assert desk.kinds().count("approved") == 1
-    with pytest.raises(SteelyardError, match="one person reviews once"):
-        desk.review(request, "bob")
-    desk.review(request, "carol")
-    assert desk.issue(request).request == request
-
-
-def test_a_countersigning_killed_before_its_event_is_completed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a copy would go out whose mark names nobody."""
-    request = desk.request().id
-    for name in ("bob", "carol"):
-        desk.review(request, name)
-    grant = desk.issue(request).id
-    killed_before_its_event(monkeypatch, lambda: desk.countersign(grant))
-    with pytest.raises(SteelyardError, match="is not noted in the ledger"):
-        desk.deliver(grant, desk.root / "copy")
-    with pytest.raises(SteelyardError, match="none of yours"):
-        desk.countersign(grant, "alice")
-    desk.countersign(grant)
-    with pytest.raises(SteelyardError, match="once is enough"):
-        desk.countersign(grant)
-    desk.deliver(grant, desk.root / "copy")
-
-
-@pytest.mark.parametrize("act", ["request", "issue", "revoke", "forget", "receipt"])
-def test_other_acts_killed_before_their_events_are_done_again(
-    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str
-) -> None:
-    new_key(tmp_path, "ada", PASSPHRASE)
-    pem = (tmp_path / "ada.pub.pem").read_text()
-    if act == "request":
-        killed_before_its_event(monkeypatch, desk.request)
-        desk.request()
-        assert len(list((desk.root / "grants" / "requests").iterdir())) == 1
-        return
-    request = desk.request(desk.sealed(signs_with=pem)).id
-    for name in ("bob", "carol"):
-        desk.review(request, name)
-    if act == "issue":
-        killed_before_its_event(monkeypatch, lambda: desk.issue(request))
-        assert desk.issue(request).request == request
-        with desk.book() as book:
-            assert len(book.grants(NOW)) == 1
-        return
-    grant = desk.issue(request).id
-    desk.countersign(grant)
-    if act == "receipt":
-        desk.deliver(grant, tmp_path / "copy")
-        word = receipt(verify_copy(tmp_path / "copy", desk.trust), load_signer(tmp_path, "ada", PASSPHRASE))
-        (tmp_path / "receipt.json").write_bytes(word)
-
-        def kept() -> None:
-            with desk.book() as book:
-                check_receipt(book, tmp_path / "receipt.json", desk.identity)
-
-        killed_before_its_event(monkeypatch, kept)
-        kept()
-        assert desk.kinds().count("received") == 1
-        return
-    if act == "revoke":
-        killed_before_its_event(monkeypatch, lambda: revoked(desk, grant))
-    revoked(desk, grant)
-    assert desk.kinds().count("revoked") == 1
-    if act == "forget":
-
-        def forgotten() -> None:
-            with desk.book() as book:
-                forget(book, request)
-
-        killed_before_its_event(monkeypatch, forgotten)
-        forgotten()
-        assert desk.kinds().count("forgotten") == 1
-
-
-# -- identities are erased in time -----------------------------------------------------------------------------------
-
-
-def test_identities_are_erased_by_whoever_comes_next(desk: Desk) -> None:
-    """No one has to remember it. What was granted stays, and its copy verifies."""
-    one = desk.granted(days=10)
-    desk.deliver(one.id, desk.root / "copy")
-    later = NOW + timedelta(days=10 + 31)
-    with desk.book() as book:
-        request = book.request(one.request, later)
-        with pytest.raises(SteelyardError, match="was kept until"):
-            book.open(request, desk.identity, later)
-        assert book.open(request, desk.identity, NOW).person is not None
-    desk.request(desk.sealed(email="b@example.org"), now=later)
-    assert not (desk.root / "grants" / "requests" / one.request).exists()
-    with desk.book() as book:
-        assert book.request(one.request, later).state == "forgotten"
-        assert [event.payload["request"] for event in book.events("forgotten")] == [one.request]
-    assert verify_copy(desk.root / "copy", desk.trust).ok
-
-
-def test_a_request_that_waited_too_long_is_not_granted(desk: Desk) -> None:
-    request = desk.request()
-    for name in ("bob", "carol"):
-        desk.review(request.id, name)
-    with desk.book() as book:
-        sealed = book.open(request, desk.identity)
-        with pytest.raises(SteelyardError, match="is forgotten already"):
-            issue(book, request, sealed, desk.mark, desk.trust, now=NOW + timedelta(days=31))
-
-
-# -- receipts --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def received(granting: Desk, tmp_path_factory: pytest.TempPathFactory) -> tuple[Desk, Path]:
-    """A desk that delivered, and the recipient's folder with his key and receipt. Read only."""
-    home = tmp_path_factory.mktemp("received")
-    desk = granting.copy(home / "desk")
-    new_key(home, "ada", PASSPHRASE)
-    grant = desk.granted(desk.sealed(signs_with=(home / "ada.pub.pem").read_text()))
-    desk.deliver(grant.id, home / "copy")
-    word = receipt(verify_copy(home / "copy", desk.trust), load_signer(home, "ada", PASSPHRASE))
-    (home / "receipt.json").write_bytes(word)
-    return desk, home
-
-
-def _another(desk: Desk) -> str:
-    return desk.granted(desk.sealed(email="b@example.org")).id
-
-
-RECEIPTS: dict[str, tuple[Callable[[Desk, Any], Any], str]] = {
-    "of an unknown grant": (lambda _, s: s["predicate"].update(grant="g-" + "0" * 16), "not in this workspace"),
-    "of another's grant": (lambda d, s: s["predicate"].update(grant=_another(d)), "names no key|none of yours"),
-    "of an id that is a path": (lambda _, s: s["predicate"].update(grant="../../x"), "grant"),
-    "under another licence": (lambda _, s: s["predicate"].update(licence="0" * 64), "another licence"),
-    "of other weights": (lambda _, s: set_subject(s, "weights", "0" * 64), "never delivered"),
-    "of another copy": (lambda _, s: set_subject(s, "copy", "0" * 64), "never delivered"),
-    "of more": (lambda _, s: s["subject"].append({"name": "x", "digest": {"sha256": "0" * 64}}), "never delivered"),
-    "with more to say": (lambda _, s: s["predicate"].update(refund=True), "refund"),
-    "that is a review": (lambda _, s: s.update(predicateType="steelyard:grant-review/v1"), "predicateType"),
-    "without a time": (lambda _, s: s["predicate"].pop("signed"), "signed"),
-    "of no time": (lambda _, s: s["predicate"].update(signed="soon"), "signed"),
-}
-
-
-@pytest.mark.parametrize("name", RECEIPTS)
-def test_a_receipt_is_refused(received: tuple[Desk, Path], tmp_path: Path, name: str) -> None:
-    """Signed by the recipient's own key, and not for what he got."""
-    desk, home = received[0].copy(tmp_path / "desk"), received[1]
-    change, says = RECEIPTS[name]
-    statement = statement_of(home / "receipt.json")
-    change(desk, statement)
-    path = tmp_path / "receipt.json"
-    path.write_bytes(sign(canonical_json(statement), load_signer(home, "ada", PASSPHRASE)))
-    with desk.book() as book, pytest.raises(SteelyardError, match=says):
-        check_receipt(book, path, desk.identity)
-    assert "received" not in desk.kinds()
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (flipped, "receipt.json"),
-        (lambda path: path.write_bytes(b""), "receipt.json"),
-        (lambda path: path.write_bytes(b"[" * 100_000), "receipt.json"),
-        (lambda path: path.write_bytes(b" " * 10_000_000), "receipt.json"),
-        (lambda path: path.write_bytes(_other_signature(path)), "signature|none of yours"),
-    ],
-)
-def test_a_receipt_that_was_damaged(
-    received: tuple[Desk, Path], tmp_path: Path, damage: Callable[[Path], Any], says: str
-) -> None:
-    desk, path = received[0].copy(tmp_path / "desk"), tmp_path / "receipt.json"
-    shutil.copyfile(received[1] / "receipt.json", path)
-    damage(path)
-    with desk.book() as book, pytest.raises(SteelyardError, match=says):
-        check_receipt(book, path, desk.identity)
-    assert "received" not in desk.kinds()
-
-
-def _other_signature(path: Path) -> bytes:
-    envelope = json.loads(path.read_bytes())
-    signature = envelope["signatures"][0]["sig"]
-    envelope["signatures"][0]["sig"] = signature[:20] + ("A" if signature[20] != "A" else "B") + signature[21:]
-    return json.dumps(envelope).encode()
-
-
-# -- processes -------------------------------------------------------------------------------------------------------
-
-
-def command(desk: Desk, grant: str, to: Path) -> list[str]:
-    whose = ["--key", "dora", "--trust", desk.trust_file, "--keys", desk.chain.keys, "--workspace", desk.root]
-    given = ["grant", "deliver", grant, "--release", desk.bundle, "--to", to, *whose]
-    run = f"import sys; sys.path.insert(0, {str(HERE)!r}); from steelyard.cli.main import main; main()"
-    return [sys.executable, "-c", run, *map(str, given)]
-
-
-ENVIRONMENT = os.environ | {"STEELYARD_PASSPHRASE": PASSPHRASE.decode(), "OMP_NUM_THREADS": "1"}
-
-
-def test_two_processes_deliver_at_once(desk: Desk, tmp_path: Path) -> None:
-    """Two grants to two places both arrive; the same place goes to one of them."""
-    grants = [desk.granted().id, desk.granted(desk.sealed(email="b@example.org")).id]
-    for places, right in (((tmp_path / "a", tmp_path / "b"), [0, 0]), ((tmp_path / "c", tmp_path / "c"), [0, 1])):
-        running = [
-            subprocess.Popen(command(desk, grant, to), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for grant, to in zip(grants, places, strict=True)
-        ]
-        said = [process.communicate()[1].decode() for process in running]
-        assert sorted(process.returncode for process in running) == right, said
-        assert all("Traceback" not in text for text in said)
-        for place in set(places):
-            assert verify_copy(place, desk.trust).ok
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "desk") == ["a", "b", "c"]
-    with desk.chain.ledger() as ledger:
-        assert ledger.verify()
-
-
-@pytest.mark.parametrize("share", [0.1, 0.6, 0.95])
-@pytest.mark.parametrize("sealed", [False, True])
-def test_a_file_that_cannot_grow(desk: Desk, tmp_path: Path, share: float, sealed: bool) -> None:
-    """The system refuses to write more of a file than part of the weights: said in one line, nothing is left, and then
-    it can be done again."""
-    key = public_pem(X25519PrivateKey.generate()) if sealed else None
-    grant = desk.granted(desk.sealed(encrypts_to=key)).id
-    limit = int((desk.bundle / "model.safetensors").stat().st_size * share)
-    assert limit > desk.chain.root.joinpath("ledger.sqlite").stat().st_size or share < 0.5
-
-    def bounded() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    full = subprocess.run(
-        command(desk, grant, tmp_path / "copy"), env=ENVIRONMENT, preexec_fn=bounded, capture_output=True, text=True
-    )
-    assert full.returncode == 1, full.stderr
-    assert "Traceback" not in full.stderr
-    assert full.stderr.strip()
-    assert [path.name for path in tmp_path.iterdir()] == ["desk"]
-    assert copies(desk) == []
-    assert not any((desk.root / "grants").rglob("*.safetensors"))
-    done = subprocess.run(command(desk, grant, tmp_path / "copy"), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "copy").is_file() == sealed
-
-
 def test_there_are_many() -> None:
-    assert len(REQUESTS) + len(DELIVERIES) + len(RECEIPTS) >= 50
+    assert len(REQUESTS) + len(DELIVERIES) >= 40

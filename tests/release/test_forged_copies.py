@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forging import set_subject
+from forging import set_subject, sparse_weights
 from forging_copies import Copies
 from granting import Desk
 from scenario import PASSPHRASE
 
 from steelyard.base.canonical import sha256_file
+from steelyard.model import identity
 from steelyard.release.grant_copy import (
     COUNTERSIGNATURE,
     LICENCE,
@@ -134,6 +135,14 @@ def extra(copies: Copies, path: str) -> None:
     (copies.folder / path).write_bytes(b"{}")
 
 
+def two_releasers(copies: Copies, stolen: str) -> dict[str, Any]:
+    """Dora released what the copy comes from, eve signed the copy; the key of one of them was stolen."""
+    copies.remake(by="eve")
+    eve = copies.desk.signer("eve").public_key
+    trust = without_key(copies, stolen)["trust"]
+    return {"trust": replace(trust, releasers=(*trust.releasers, eve))}
+
+
 def refused_kinds(copies: Copies) -> dict[str, Any]:
     """A verifier whose policy takes no throwaway keys, and a copy signed with one."""
     trust = copies.desk.trust
@@ -169,7 +178,8 @@ Case = tuple[Callable[[Copies], Any], str]
 CASES: dict[str, Case] = {
     # who says what it is
     "signed by no releaser": (lambda c: c.remake(by="alice"), "none of yours"),
-    "a releaser's stolen key": (lambda c: without_key(c, "dora"), "laptop stolen"),
+    "a releaser's stolen key": (lambda c: two_releasers(c, "eve"), r"copy\.dsse\.json: .*laptop stolen"),
+    "the stolen key of who released it": (lambda c: two_releasers(c, "dora"), r"summary\.dsse\.json: .*laptop stolen"),
     "a throwaway key": (refused_kinds, "throwaway"),
     "another list": (lambda c: c.remake(statement=subject(LIST)), "its subject steelyard/copy.json is not"),
     "other weights": (lambda c: c.remake(statement=subject("weights")), "its subject weights is not"),
@@ -279,3 +289,20 @@ def test_a_forged_copy_is_refused(copies: Copies, name: str) -> None:
     assert not found.ok
     # No other check has anything to say: were this one gone, the copy would verify.
     assert all(re.search(says, finding.message) for finding in found.findings), found.findings
+
+
+def test_a_link_is_named(copies: Copies) -> None:
+    """To the very bytes that are listed: whoever owns what it points at could change them afterwards."""
+    (copies.folder / "LICENSE").rename(copies.desk.root / "elsewhere")
+    (copies.folder / "LICENSE").symlink_to(copies.desk.root / "elsewhere")
+    found = verify_copy(copies.folder, copies.desk.trust)
+    assert any("LICENSE: is no plain file" in finding.message for finding in found.findings)
+
+
+def test_weights_of_another_size_are_not_hashed(copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terabyte that takes no room on the disk would take an hour."""
+    sparse_weights(copies.folder / "model.safetensors", 1 << 40)
+    for one in ("_hash_file", "_hash_range"):
+        monkeypatch.setattr(identity, one, lambda *_: pytest.fail("the weights are hashed"))
+    found = verify_copy(copies.folder, copies.desk.trust)
+    assert any("model.safetensors: was changed" in finding.message for finding in found.findings)

@@ -541,6 +541,28 @@ def test_one_recipients_copy_is_not_published(desk: Desk, tmp_path: Path) -> Non
             _refuse_granted(Release("tiny", "2" * 64, "0" * 64, (), ()), ledger)
 
 
+@pytest.mark.parametrize(("tier", "says"), [("quick", "needs one of tier release"), ("release", None)])
+def test_the_publics_copy_goes_out_on_a_full_battery(tmp_path: Path, tier: str, says: str | None) -> None:
+    """No other's test speaks for it, and no quick one."""
+    from scenario import Chain, make_battery
+
+    from steelyard.release.publish import publish
+
+    chain = Chain.build(tmp_path / "root", battery=make_battery(tier=tier))
+    bundle, to = chain.bundle(), tmp_path / "site"
+    with chain.ledger() as ledger:
+        weights, grant = chain.verify(bundle).weights, "g-" + "0" * 16
+        ledger.append("grant.issued", {"grant": grant, "weights": "3" * 64, "public": True})
+        ledger.append("grant.marked", {"grant": grant, "marked": weights})
+        if says is None:
+            publish(bundle, str(to), check=chain.verify, ledger=ledger)
+        else:
+            with pytest.raises(SteelyardError, match=says):
+                publish(bundle, str(to), check=chain.verify, ledger=ledger)
+            assert not ledger.events("release.publishing")
+    assert to.exists() == (says is None)
+
+
 def test_no_licence_anywhere(desk: Desk) -> None:
     from steelyard.release.grant_copy import licence_of
 

@@ -26,7 +26,10 @@ from steelyard.base.canonical import sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import open_regular, read_bounded
 from steelyard.base.progress import Progress, Silent
-from steelyard.release.layout import MANIFEST, MANIFEST_LIMIT, SIGNING, read_manifest
+from steelyard.base.strict import strict_json
+from steelyard.release.evidence import FILE_LIMIT
+from steelyard.release.layout import BATTERY, MANIFEST, MANIFEST_LIMIT, SIGNING, read_manifest
+from steelyard.safety.battery import Battery
 
 if TYPE_CHECKING:
     from steelyard.ledger.ledger import Ledger
@@ -145,6 +148,7 @@ def publish(
     release = verified_release(bundle, check)
     _refuse_withdrawn(release, ledger)
     _refuse_granted(release, ledger)
+    _refuse_half_tested(release, ledger)
     known: dict[str, Any] = {"destination": where.text, "manifest": release.manifest}
     named = {"name": release.name, "weights": release.weights}
     if not ledger.events("release.publishing", **known):
@@ -187,6 +191,17 @@ def _refuse_granted(release: Release, ledger: Ledger) -> None:
         if not ledger.events("grant.issued", grant=grant, public=True):
             text = f"these weights carry the mark of grant {grant}, whom a leak of them would name"
             raise SteelyardError(f"{release.name}: {text}: publish the marked public copy (docs/grants.md)")
+
+
+def _refuse_half_tested(release: Release, ledger: Ledger) -> None:
+    """The public's copy is a subject of its own, which no other's test speaks for: it goes out on a full battery."""
+    if not ledger.events("grant.marked", marked=release.weights):
+        return
+    with next(file for file in release.content if file.path == BATTERY).open() as stream:
+        battery = Battery.model_validate(strict_json(stream.read(), BATTERY, limit=FILE_LIMIT))
+    if battery.tier != "release":
+        text = f"the public's copy was tested with {battery.name} (tier {battery.tier}), and needs one of tier release"
+        raise SteelyardError(f"{release.name}: {text}: steelyard safety run MODEL --battery release")
 
 
 def verified_release(bundle: Path, check: Check) -> Release:
