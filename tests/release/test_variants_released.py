@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from steelyard.inference.local import LocalEndpoint
 from steelyard.model.identity import subject_of
 from steelyard.safety.run import Job, Tested
 from steelyard.safety.shipped import shipped_sampling
-from steelyard.safety.variant_models import parse_variants, run_variants
+from steelyard.safety.variant_models import open_variant, parse_variants, run_variants
 from steelyard.safety.variants import load_comparison
 
 
@@ -129,3 +130,17 @@ def test_a_folder_is_tested_as_it_is(varied: Chain, tmp_path: Path) -> None:
     [one] = [one for one in load_comparison(chain.run) if one.name == "theirs"]
     assert one.subject == subject_of(given)
     assert not (place(chain, "theirs") / "model").exists()
+
+
+def test_weights_that_lay_there_before_the_test_are_made_again(varied: Chain, tmp_path: Path) -> None:
+    """A good model put where `f32` is going to be made would else be tested as every tensor of another, cast."""
+    folder, (variant,) = tmp_path / "f32", parse_variants("f32")
+    planted = shutil.copytree(place(varied, "q4_0") / "model", folder / "model")
+    tested = open_variant(variant, varied.model, folder, "default", Silent())
+    assert tested.subject == subject_of(place(varied, "f32") / "model") == subject_of(planted)
+    assert tested.subject != subject_of(place(varied, "q4_0") / "model")
+    # What was tested stays: the run's journal names it, and another in its place is refused there.
+    (folder / "journal.jsonl").touch()
+    before = (planted / "model.safetensors").stat().st_ino
+    open_variant(variant, varied.model, folder, "default", Silent())
+    assert (planted / "model.safetensors").stat().st_ino == before

@@ -9,7 +9,7 @@ import pytest
 from safety_fakes import battery, subject
 
 from steelyard.ledger.ledger import Ledger
-from steelyard.safety.attempts import SKETCH, alike, attempts, candidates, kin, sketch
+from steelyard.safety.attempts import alike, attempts, candidates, kin, questions
 from steelyard.safety.battery import Battery
 
 
@@ -27,18 +27,19 @@ def reworded(share: int) -> Battery:
 
 
 def test_another_seed_name_or_version_is_no_other_test() -> None:
-    mine = sketch(battery())
-    assert 0 < len(mine) <= SKETCH
+    mine = questions(battery())
+    assert len(mine) == len({probe.prompt for probe in battery().probes()})
     assert mine == sorted(set(mine))
     for other in (changed(seed=8), changed(name="else", version=9), changed(batch_size=7)):
         assert other.digest != battery().digest
-        assert sketch(other) == mine
+        assert questions(other) == mine
 
 
 def test_a_few_reworded_probes_are_no_other_test_and_half_of_them_and_more_are() -> None:
-    mine = sketch(battery(families=30))
-    assert alike(mine, sketch(reworded(10)))
-    assert not alike(mine, sketch(reworded(1)))
+    mine = questions(battery(families=30))
+    assert alike(mine, questions(reworded(10)))
+    assert not alike(mine, questions(reworded(1)))
+    assert alike(mine, questions(reworded(10)) + [f"{number:016x}" for number in range(10 * len(mine))])  # and padded
     assert not alike([], [])
     assert not alike(mine, [])
 
@@ -51,7 +52,7 @@ def ledger(tmp_path: Path) -> Any:
 
 def payload(weights: str = "a", asks: Battery | None = None, role: str = "candidate") -> dict[str, Any]:
     one = subject(weights * 64)
-    return {"subject": one.digest, "kin": kin(one), "questions": sketch(asks or battery()), "role": role}
+    return {"subject": one.digest, "kin": kin(one), "questions": questions(asks or battery()), "role": role}
 
 
 def test_every_start_on_a_subject_counts_whatever_its_role_and_seed(ledger: Ledger) -> None:

@@ -324,8 +324,14 @@ def test_columns_of_categories(tmp_path: Path) -> None:
         ),
         ('{"text": "a", "threat": ""}', FormatError, "no row has a label"),
         ("", UsageError, "no column of labels"),
+        (
+            '{"text": "a", "threat": 1}\n' * 2,
+            FormatError,
+            "row 2: the text of row 1 again, labelled for threat: each text counts once",
+        ),
+        ('{"text": "\\ud800", "threat": 1}', FormatError, "row 1: its `text` holds half of a surrogate pair"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_own_labels_that_are_none(tmp_path: Path, content: str, error: type[Exception], says: str) -> None:
     path = tmp_path / "own.jsonl"

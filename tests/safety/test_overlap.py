@@ -130,6 +130,9 @@ def test_whatever_holds_the_text(tmp_path: Path, make: Callable[[Path], None]) -
     assert made.axes["degeneration"].share == round(1 / made.axes["degeneration"].probes, 9) == made.worst
     assert made.axes["harmful"].found == 0
     assert [(one.digest, one.files, one.unread) for one in made.searched] == [(data.digest, 1, ("picture.png",))]
+    unread = f"picture.png of {tmp_path.name}, which no reader knows"
+    assert made.not_searched == (unread,)
+    assert in_words(made).endswith(f"; not declared: {unread}")
     assert "1 of" in in_words(made)
     assert "p0" in in_words(made)
     path = tmp_path / "overlap.json"

@@ -191,6 +191,28 @@ def test_a_file_that_does_not_fit_the_model_is_refused(
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"attn_implementation": "somebody/kernel"}, "attn_implementation: 'somebody/kernel': names code to run"),
+        ({"_attn_implementation": "somebody/kernel"}, "names code to run"),
+        ({"text_config": {"attn_implementation": {"": "somebody/kernel"}}}, "names code to run"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "full-precision weights are read alone"),
+        ({"num_hidden_layers": 3000}, "3000 layers, but the weights have 41 tensors"),
+    ],
+)
+def test_a_configuration_that_fetches_code_or_builds_what_is_not_there_is_refused(
+    changes: dict[str, Any], says: str, made: Path, adapter_file: Write, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made / "multi", tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "sdpa"}))
+    opened(adapter_file, folder)
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(FormatError, match=says):
+        opened(adapter_file, folder)
+
+
 def test_a_model_without_its_head_is_refused_not_made_up(made: Path, adapter_file: Write, tmp_path: Path) -> None:
     copy = shutil.copytree(made / "multi", tmp_path / "copy")
     transformers.BertModel.from_pretrained(copy).save_pretrained(tmp_path / "bare")

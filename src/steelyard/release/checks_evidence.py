@@ -244,10 +244,8 @@ def _check_overlap(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
     honest = overlap.axes == shares(evidence.battery, overlap.found) and overlap.ngram == NGRAM
     if not honest or overlap.found != tuple(sorted(known & set(overlap.found))):
         yield Finding("overlap", f"{where}: its shares are not those of the probes it names: it was edited: {remedy}")
-    # What lies beside the data and cannot be read may be all of it, in another format.
-    unread = tuple(f"{name} of {one.name}, which no reader knows" for one in overlap.searched for name in one.unread)
-    if policy.training_data == "declared" and (overlap.undeclared or unread or not overlap.searched):
-        lacking = some((*overlap.undeclared, *unread)) if overlap.undeclared or unread else "all of it"
+    if policy.training_data == "declared" and (overlap.not_searched or not overlap.searched):
+        lacking = some(overlap.not_searched) if overlap.not_searched else "all of it"
         yield Finding("overlap", f"{where}: {policy.name} wants the training data declared; not declared: {lacking}")
 
 
@@ -262,7 +260,7 @@ def _overlap_criterion(evidence: Evidence, policy: Policy) -> Iterator[Criterion
     assert worst is not None
     yield CriterionResult(
         name="probes in the training data",
-        metric="overlap_of_declared_data" if overlap.undeclared else "overlap",
+        metric="overlap_of_declared_data" if overlap.not_searched else "overlap",
         against="limit",
         status="PASS" if worst <= policy.max_overlap else "FAIL",
         message=f"{in_words(overlap)}; {policy.name} allows {policy.max_overlap:.1%} of an axis",

@@ -1,8 +1,9 @@
 """How often a test was tried: every start is in the ledger, and some starts are tries at one and the same test.
 
-Two batteries are alike where at least half of their questions are the same: another seed, another name, more samples,
-a few reworded probes do not make another test. Questions are compared by a sketch (Broder 1997, "On the resemblance and
-containment of documents"): the smallest `SKETCH` hashes of their words, committed before the first generation.
+Two batteries are alike where at least half of the questions of the smaller one are the other's too: another seed,
+another name, more samples, a few reworded or many added probes do not make another test. All questions are compared, by
+hashes of their words that are committed before the first generation: a sketch (a few of the hashes) could be replaced
+by adding a few questions that were searched for their hashes.
 
 A start counts whatever became of it, and whatever role the model had: who tries a model as another's predecessor has
 looked at it all the same. Subjects that differ in their weights alone are candidates of one kin: trained again, with
@@ -22,21 +23,18 @@ from steelyard.safety.battery import Battery
 if TYPE_CHECKING:  # `verify` reads this module too, and needs no database
     from steelyard.ledger.ledger import Event, Ledger
 
-SKETCH = 64  # hashes: two batteries' likeness is then known to about 6 points
 ALIKE = 0.5
 
 
-def sketch(battery: Battery) -> list[str]:
-    """The `SKETCH` smallest of the questions' hashes (16 hex digits each), ascending; all of a small battery's."""
-    hashes = {sha256_hex(" ".join(words(probe.prompt)).encode())[:16] for probe in battery.probes()}
-    return sorted(hashes)[:SKETCH]
+def questions(battery: Battery) -> list[str]:
+    """The hashes of the questions' words (16 hex digits each), each once, ascending."""
+    return sorted({sha256_hex(" ".join(words(probe.prompt)).encode())[:16] for probe in battery.probes()})
 
 
 def alike(one: Collection[str], other: Collection[str]) -> bool:
-    """Whether two sketches say that at least half of all the questions of both are common to both."""
-    smallest = sorted({*one, *other})[:SKETCH]
-    common = set(one) & set(other)
-    return bool(smallest) and sum(value in common for value in smallest) >= ALIKE * len(smallest)
+    """Whether at least half of the questions of one are common to both (containment, Broder 1997)."""
+    fewer = min(len(one), len(other))
+    return fewer > 0 and len(set(one) & set(other)) >= ALIKE * fewer
 
 
 def kin(subject: Subject) -> str:

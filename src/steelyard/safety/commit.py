@@ -19,7 +19,7 @@ from steelyard.base.canonical import canonical_json, sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.base.files import write_atomic
 from steelyard.base.progress import Progress
-from steelyard.safety.attempts import attempts, kin, sketch
+from steelyard.safety.attempts import attempts, kin, questions
 from steelyard.safety.battery import Battery
 from steelyard.safety.journal import Committed, End, Journal, JournalWriter, Plan, check_journal, read_journal
 from steelyard.safety.pause import Look, check_asked, check_resumed, countersigned
@@ -52,7 +52,7 @@ def commitment(plan: Plan, battery: Battery) -> dict[str, Any]:
         "scorers": {name: identity.digest for name, identity in plan.scorers.items()},
         "code": plan.code,
         "seed": plan.seed,
-        "questions": sketch(battery),
+        "questions": questions(battery),
         "kin": kin(plan.subject),
         "predecessor": None if plan.predecessor is None else plan.predecessor.model_dump(mode="json"),
     }

@@ -96,6 +96,13 @@ class Overlap(_Strict):
         """The greatest share of an axis."""
         return max((axis.share for axis in self.axes.values()), default=0.0)
 
+    @property
+    def not_searched(self) -> tuple[str, ...]:
+        """What the candidate learned from, or may have, and nobody here searched: `undeclared`, and what lies unread
+        beside what was read: it may be all of the data, in another format."""
+        unread = [f"{name} of {one.name}, which no reader knows" for one in self.searched for name in one.unread]
+        return (*self.undeclared, *unread)
+
 
 # -- the search ------------------------------------------------------------------------------------------------------
 
@@ -277,8 +284,9 @@ def in_words(overlap: Overlap | None) -> str:
     if overlap.found:
         by_axis = [f"{axis} {one.share:.1%}" for axis, one in overlap.axes.items() if one.found]
         text += f": {', '.join(by_axis)}; such as {', '.join(overlap.found[:EXAMPLES])}"
-    if overlap.undeclared:
-        text += f"; not declared: {', '.join(overlap.undeclared)}"
+    if lacking := overlap.not_searched:
+        more = f" and {len(lacking) - EXAMPLES:,} more" if len(lacking) > EXAMPLES else ""
+        text += f"; not declared: {', '.join(lacking[:EXAMPLES])}{more}"
     return text
 
 

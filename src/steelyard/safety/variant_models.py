@@ -17,6 +17,7 @@ NAME=FOLDER, NAME=FILE.gguf
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from steelyard.model.headers import read_json_object
 from steelyard.model.identity import is_model_file, subject_of
 from steelyard.safety.battery import NAME
 from steelyard.safety.pause import Look, Paused
-from steelyard.safety.report import Report, write_report
+from steelyard.safety.report import JOURNAL, Report, write_report
 from steelyard.safety.run import Job, Tested, run_battery
 from steelyard.safety.shipped import shipped_sampling
 from steelyard.safety.variants import FOLDER, NOTE, Made, read_note, write_note
@@ -122,11 +123,14 @@ def run_variants(
 
 def open_variant(variant: Variant, model: Path, folder: Path, server_model: str, progress: Progress) -> Tested:
     """The variant of the model in folder `model`, noted in `folder`, its weights made there where they are to be made
-    and are not there yet. Raises UsageError where `folder` holds another variant of that name."""
+    and no test of them has begun. Raises UsageError where `folder` holds another variant of that name."""
     made, place = _described(variant, model, folder)
     if (folder / NOTE).exists() and (found := read_note(folder)).what != made.what:
         raise UsageError(f"--variants: {made.name}: {folder} holds another ({found.what}): give a name of its own")
     write_note(made, folder)
+    # Weights that lie here before the test began may be anybody's; later the journal's plan names them.
+    if place == folder / MODEL and place.exists() and not (folder / JOURNAL).exists():
+        shutil.rmtree(place)
     if not place.exists():
         if variant.source is None:
             _make(variant.name, model, place, progress)

@@ -14,13 +14,14 @@ from steelyard.base.errors import FormatError, SteelyardError, UsageError, requi
 from steelyard.base.progress import default_progress
 from steelyard.base.yamlfile import Document, nearest
 from steelyard.hub.sources import cache_folder, fetch, folder_digest
-from steelyard.model.headers import read_json_object
+from steelyard.model.headers import quote, read_json_object
 from steelyard.model.identity import weight_files
 from steelyard.scorers.adapters.spec import NOT_SETTINGS, ClassifierSpec
 from steelyard.scorers.base import Item, Score, ScoreError
 
 _BATCH = 32  # windows of a pass
 VOCABULARIES = ("vocab.txt", "sentencepiece.bpe.model", "spiece.model")  # beside those of a language model's folder
+_BACKENDS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")
 _ACTIVATIONS = {"multi_label_classification": "sigmoid", "single_label_classification": "softmax"}
 
 
@@ -52,8 +53,9 @@ class Classifier:
         self.categories = tuple(spec.labels)
         self._window = spec.window
         self._folder = model_folder(spec, document, beside)
-        weight_files(self._folder)  # refuses pickles, code, and weights that lie
+        tensors = weight_files(self._folder)  # refuses pickles, code, and weights that lie
         config = read_json_object(self._folder / "config.json")
+        _check_config(self._folder / "config.json", config, sum(map(len, tensors.values())))
         self._columns = _columns(spec, config, document)
         self._activation = spec.activation or _ACTIVATIONS.get(str(config.get("problem_type")))
         if self._activation is None:
@@ -142,6 +144,20 @@ class Classifier:
         if self._window > longest:
             raise SteelyardError(f"{self._folder}: reads at most {longest} tokens: set window to that or less")
         return tokenizer, model.eval()
+
+
+def _check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raises FormatError for what would make transformers fetch and run code (kernels, quantisers), or build a model
+    far larger than the weights before it looks at them."""
+    for key, value in config.items():
+        if key.lstrip("_") in _BACKENDS and value not in (None, "eager", "sdpa"):
+            raise FormatError(f"{path}: {key}: {quote(str(value))}: names code to run: take the key out")
+        if key == "quantization_config":
+            raise FormatError(f"{path}: {key}: full-precision weights are read alone: save the model without it")
+        if key.endswith(("layer", "layers")) and isinstance(value, int) and value > tensors:
+            raise FormatError(f"{path}: {key}: {value} layers, but the weights have {tensors} tensors in all")
+        if isinstance(value, dict):
+            _check_config(path, value, tensors)
 
 
 def _columns(spec: ClassifierSpec, config: dict[str, Any], document: Document) -> list[list[int]]:
