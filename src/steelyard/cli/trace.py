@@ -101,7 +101,7 @@ def register(
     if as_json:
         print_json(vars(event))
     else:
-        print(one_line(f"{name}: registered as {kind}, event {event.seq}\nsubject {event.payload['subject']}"))
+        print(one_line(f"{name}: registered as {kind}, event {event.seq}, subject {event.payload['subject']}"))
 
 
 @app.command()

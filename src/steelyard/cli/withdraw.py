@@ -273,7 +273,12 @@ def _print(outcome: Outcome, taken: Sequence[Taken], *, trusted: bool, as_json: 
         print(
             one_line(f"proposal: {outcome.file}, needs {outcome.missing} more signature(s); nothing is withdrawn yet")
         )
-        print(one_line(f"the others sign it: steelyard withdraw --sign {outcome.file.name} --key NAME --trust FILE"))
+        to = str(outcome.file).removesuffix(".proposal")
+        print(
+            one_line(
+                f"the others sign it: steelyard withdraw --sign {outcome.file} --list {to} --key NAME --trust FILE"
+            )
+        )
         return
     names = ", ".join(entry.name for entry in content.entries) or "none"
     said = "is in place already" if outcome.state == "already" else "is in place"

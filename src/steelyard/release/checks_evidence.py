@@ -183,7 +183,8 @@ def _check_report(computed: Report, found: Any, where: str) -> Iterator[Finding]
         return
     keys = differing_keys(computed.model_dump(mode="json"), found)
     if isinstance(found, dict) and found.get("statistics") != computed.statistics:
-        text = f"was computed with version {str(found.get('statistics'))[:20]} of the statistics, this steelyard has"
+        which = f"version {str(found['statistics'])[:20]}" if "statistics" in found else "a version before the first"
+        text = f"was computed with {which} of the statistics, this steelyard has"
         yield Finding("report", f"{where}: {text} {computed.statistics}: verify with a steelyard that has it")
     elif isinstance(found, dict) and found.get("subject_digest") != computed.subject_digest:
         yield Finding("report", f"{where}: is the report of another model than {computed.subject_digest[:16]}")

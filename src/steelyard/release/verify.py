@@ -207,7 +207,9 @@ def examine(
         evidence = _read_evidence(work)
         if known is not None and evidence is not None:
             _examine_contents(work, files, statements, known, evidence, progress)
-            if replay and not work.findings:
+            if replay and work.findings:
+                work.seen.append(("replayed", "NOT TRIED: it does not verify as it is"))
+            elif replay:
                 _replay(work, evidence, replay, progress)
     withdrawn = withdrawn or trust.withdrawal.source
     if withdrawn is None:
@@ -259,7 +261,10 @@ def _examine_contents(
         found, criteria, report = check_evidence(evidence, policy, subject, at)
         work.findings += found
         work.criteria += criteria
-        if report is not None:
+        # What is held to another policy than it was tested under is refused for that; that its papers are on its own
+        # policy is no second fault.
+        mine = policy.digest in evidence.journal.plan.policies.values()
+        if report is not None and mine:
             work.findings += check_claims(work.folder, evidence, policy, criteria, report, files.hashes)
             _check_pages(work, other_pages(report, files.hashes))
         failed = [result for result in criteria if result.status in ("FAIL", "INCONCLUSIVE")]
@@ -283,9 +288,9 @@ def _examine_contents(
             tested=tested_subjects(common, subject, evidence, files.hashes.get(REPORT, "")),
             configuration=statement_configuration(evidence, policy),
         )
-        if statements.test is not None:
+        if statements.test is not None and mine:
             work.findings += check_test_result(statements.test, evidence, criteria, predecessor_facts(evidence))
-        if statements.summary is not None:
+        if statements.summary is not None and mine:
             work.findings += check_summary(
                 statements.summary,
                 criteria,

@@ -41,7 +41,9 @@ def read_source(source: Path | str, limit: int, *, insecure: bool = False, total
     except FormatError:
         raise
     except OSError as error:
-        raise SteelyardError(f"{text}: {error.strerror}: the list of withdrawn releases cannot be read") from error
+        remedy = "before the first release issue the first, empty list: steelyard withdraw --refresh --name NAME"
+        said = f"{text}: {error.strerror}: the list of withdrawn releases cannot be read"
+        raise SteelyardError(f"{said} ({remedy})" if isinstance(error, FileNotFoundError) else said) from error
 
 
 def _check_address(url: str, insecure: bool, kind: type[SteelyardError]) -> None:

@@ -13,7 +13,7 @@ from steelyard.safety.html_parts import listed, scroll, state, table, text
 from steelyard.safety.paired import Difference
 from steelyard.safety.report import PolicyView, Report
 from steelyard.safety.variants import VariantView
-from steelyard.safety.words import NOTE, SAID, SIGNS, in_words, percent, signed, whose
+from steelyard.safety.words import NOTE, SAID, SIGNS, in_words, meaning, percent, signed, whose
 
 Limits = dict[str, list[tuple[str, float]]]
 _HEAD = ("upper bound", "threshold", "margin", "samples")
@@ -35,7 +35,10 @@ def criteria(report: Report) -> str:
     """One line a criterion, and why it says so under it."""
     if not report.policies:
         return '<p class="soft">No policy was given.</p>'
-    return "<h2>Criteria</h2>" + "".join(map(_criteria_of, report.policies))
+    asked = dict.fromkeys(one.metric for view in report.policies for one in view.criteria)
+    known = [f"<strong>{text(metric)}</strong>: {said}" for metric in asked if (said := meaning(metric)) is not None]
+    about = f"<details><summary>What each one counts</summary>{listed(known)}</details>" if known else ""
+    return f"<h2>Criteria</h2>{about}" + "".join(map(_criteria_of, report.policies))
 
 
 def _criteria_of(view: PolicyView) -> str:

@@ -38,7 +38,9 @@ def apportion(sizes: Mapping[G, int], total: int, weights: Mapping[G, float] | N
     Huntington and Hill's divisor method. Raises UsageError where `total` is under 1 or over the sum of `sizes`.
     """
     if not 1 <= total <= sum(sizes.values()):
-        raise UsageError(f"count {total}: there are {sum(sizes.values())} to draw from")
+        raise UsageError(
+            f"{total:,} were asked for, there are {sum(sizes.values()):,} to draw from: ask for no more (--n)"
+        )
     weight = weights or dict.fromkeys(sizes, 1.0)
     given = dict.fromkeys(sizes, 0)
 

@@ -14,7 +14,27 @@ SAID: dict[Status, str] = {
     "INCONCLUSIVE": "too few samples to tell for at least one criterion",
     "INCOMPLETE": "the test is not whole, so it says nothing",
 }
-NOTE = "What each policy's criteria say. The release gate decides: it also looks at the model, ledger, keys and age."
+NOTE = (
+    "What each policy's criteria say. The release gate decides: it also looks at the model, ledger, keys and age. A PASS "
+    "bounds how often the model failed on this battery's kind of prompts, against limits that the policy chose; it says "
+    "nothing about other prompts, attacks, or what becomes of the model after more training."
+)
+MEANS = {
+    "toxicity": "texts that are rude, insulting or hateful in tone",
+    "identity_attack": "texts that attack people for what they are: origin, religion, gender, disability and the like",
+    "threat": "texts that threaten or call for violence",
+    "sexual": "sexual texts",
+    "harm.compliance": "answers to harmful requests that do not decline",
+    "harm.help": "answers that help with a harmful request",
+    "refusal.benign": "harmless requests, worded like harmful ones, that were declined",
+    "refusal.benign_full": "the same, declined in full",
+    "refusal.group": "harmless requests about a group of people that were declined",
+    "refusal.group_gap": "the largest difference in refusals between two groups, asked the same",
+    "toxicity.group_gap": "the largest difference in toxic answers between two groups, asked the same",
+    "truth.incorrect": "wrong answers to questions whose answer is known",
+    "output.empty": "answers that say nothing",
+}
+_WHERE = {"chat": "in answers to requests", "degeneration": "in continuations of openings that tempt to it"}
 LONGEST = 1000  # characters of any one text: what is longer was never meant for a reader
 _WORDS: tuple[Said, ...] = ("improved", "worse", "undecided", "not measured")
 
@@ -27,6 +47,14 @@ _HIDDEN = (
     (0xE0000, 0xE007F),
 )
 _SHOWN = {code: f"⟨U+{code:04X}⟩" for first, last in _HIDDEN for code in range(first, last + 1)}
+
+
+def meaning(metric: str) -> str | None:
+    """What a metric of the packaged batteries counts, in plain words; None for one of somebody's own."""
+    if metric in MEANS:
+        return MEANS[metric]
+    what, _, where = metric.partition(".")
+    return f"{MEANS[what]}, {_WHERE[where]}" if what in MEANS and where in _WHERE else None
 
 
 def visible(value: str) -> str:

@@ -210,8 +210,10 @@ class _Found:
         found = []
         if self.copied and not self.bytes.complete:
             found.append(f"sampled rows of {len(self.pairs)} tensors are ours")
-        if self.bytes.hashed:
+        if self.bytes.found:
             found.append(f"{len(self.bytes.found)} of {self.bytes.hashed} hashed tensors are ours to the byte")
+        if self.related and not self.copied and self.distance is not None:
+            found.append(f"its matrices differ from ours by {self.distance:.2%} of their size on average")
         if self.order is not None:
             found.append(f"{self.order.share:.1%} of sampled neurons are closest to ours of the same place")
         if self.signature is not None:
@@ -237,7 +239,9 @@ class _Found:
         matrices = [pair for pair in self.pairs if pair.ours.ndim == 2]
         if matrices and self.order is not None and self.signature is None:
             found += self._row_changes(suspect, matrices)
-        return tuple(found) or ("some tensors",)
+        if not found:
+            found.append("some tensors" if self.bytes.found else "every tensor a little")
+        return tuple(found)
 
     def _copied(self, suspect: Suspect) -> tuple[str, ...]:
         entries, hits = suspect.tensors.entries, self.bytes.found
