@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -60,9 +61,14 @@ class Tables:
     def show(self) -> None:
         """All tables on stdout."""
         for title, rows in self.all.items():
+            if title in ("mark_cost", "strengths"):  # few cases with many figures each
+                names = list(dict.fromkeys(key for row in rows.values() for key in row))
+                rows = {name: {case: row.get(name) for case, row in rows.items()} for name in names}
             columns = list(dict.fromkeys(key for row in rows.values() for key in row))
             cells = [(name, *(_cell(row.get(key)) for key in columns)) for name, row in rows.items()]
             print_table(title, ("case", *columns), cells)
+        for name, row in self.all.get("mark_p", {}).items():
+            print(f"[mark_p_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}] {row['guilty']:g}")
 
 
 def _cell(value: object) -> str:
