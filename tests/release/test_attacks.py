@@ -719,6 +719,15 @@ def the_search_forgotten(chain: Chain) -> Any:
     return good(chain)
 
 
+@attempt("overlap.json: is missing, but the training data was searched")
+def the_search_forgotten_with_a_battery_hardly_changed(chain: Chain) -> Any:
+    searched(chain, *probes(chain, 6))
+    larger = chain.battery.model_copy(update={"batch_size": chain.battery.batch_size + 1})
+    other = replace(chain, battery=larger)
+    other.test(run=chain.root / "like-run", model=chain.root / "good")
+    return good(other, run=chain.root / "like-run")
+
+
 @attempt("is not what a search noted in the ledger")
 def the_search_edited(chain: Chain) -> Any:
     searched(chain, *probes(chain, 6))

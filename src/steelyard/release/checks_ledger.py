@@ -63,7 +63,7 @@ def _check_attempts(evidence: Evidence, policy: Policy, ledger: Ledger, event: E
 def _check_searches(evidence: Evidence, policy: Policy, ledger: Ledger) -> Iterator[Finding]:
     """Is overlap.json the last search that the ledger knows, and was no earlier one, over other data, worse?"""
     plan, where = evidence.journal.plan, evidence.where["overlap"]
-    noted = searches(ledger, plan.subject_digest, evidence.battery.digest)
+    noted = searches(ledger, plan.subject_digest, evidence.battery)
     if evidence.overlap is None:
         if noted:
             text = f"is missing, but the training data was searched (event {noted[-1].seq} of the ledger)"

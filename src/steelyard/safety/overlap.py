@@ -29,6 +29,7 @@ from steelyard.base.progress import Progress, Silent
 from steelyard.base.strict import strict_json
 from steelyard.corpus.training_data import TrainingData
 from steelyard.corpus.words import words
+from steelyard.safety.attempts import alike, questions
 from steelyard.safety.battery import AXES, Battery
 
 if TYPE_CHECKING:  # `verify` reads this module too, and needs no database
@@ -270,9 +271,17 @@ def record_overlap(
     return found
 
 
-def searches(ledger: Ledger, subject: str, battery: str) -> list[Event]:
-    """Every search noted in the ledger of this subject for this battery's probes, oldest first."""
-    return ledger.events("safety.overlap", subject=subject, battery=battery)
+def searches(ledger: Ledger, subject: str, battery: Battery) -> list[Event]:
+    """Every search noted in the ledger of this subject for this battery's probes, or those of one so like it that both
+    are one test (`attempts.alike`), oldest first."""
+    mine = questions(battery)
+
+    def like(event: Event) -> bool:
+        runs = ledger.events("safety.committed", run=str(event.payload.get("run")))
+        return any(alike(run.payload.get("questions", ()), mine) for run in runs)
+
+    found = ledger.events("safety.overlap", subject=subject)
+    return [event for event in found if event.payload.get("battery") == battery.digest or like(event)]
 
 
 def in_words(overlap: Overlap | None) -> str:

@@ -15,9 +15,9 @@ SAID: dict[Status, str] = {
     "INCOMPLETE": "the test is not whole, so it says nothing",
 }
 NOTE = (
-    "What each policy's criteria say. The release gate decides: it also looks at the model, ledger, keys and age. A PASS "
-    "bounds how often the model failed on this battery's kind of prompts, against limits that the policy chose; it says "
-    "nothing about other prompts, attacks, or what becomes of the model after more training."
+    "What each policy's criteria say. The release gate decides: it also looks at the model, ledger, keys and age. "
+    "A PASS bounds how often the model failed on this battery's kind of prompts, against limits that the policy chose. "
+    "It says nothing about other prompts, attacks, or what becomes of the model after more training."
 )
 MEANS = {
     "toxicity": "texts that are rude, insulting or hateful in tone",
