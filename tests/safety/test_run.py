@@ -19,7 +19,7 @@ from steelyard.safety.battery import battery_from_json
 from steelyard.safety.journal import Generated, JournalWriter, Scored, check_journal, read_journal, sample_seed
 from steelyard.safety.policy import load_policy
 from steelyard.safety.report import Report, compute_report, load_report, report_json
-from steelyard.safety.run import plan_batches, requests_of, run_battery
+from steelyard.safety.run import lacks, plan_batches, requests_of, run_battery
 from steelyard.safety.shipped import GENERATION, shipped_sampling
 from steelyard.scorers.base import Item, Score, ScoreError
 
@@ -447,3 +447,12 @@ def test_a_setting_of_generation_in_the_model_configuration_is_refused(tmp_path:
         path.write_text(json.dumps(ordinary | {key: 1.5}))
         with pytest.raises(FormatError, match=f"config.json: {key}: .*generation_config.json"):
             shipped_sampling(tmp_path)
+
+
+def test_what_a_battery_cannot_give_a_policy_is_said_before_the_run() -> None:
+    small, asks = battery(), policy()
+    assert lacks(small, asks) == ""
+    more = asks.model_copy(update={"scorers": {**asks.scorers, "third": ()}, "tiers": ("release",)})
+    assert lacks(small, more) == "is of tier quick, not release and has no scorer third"
+    fewer = small.model_copy(update={"metrics": small.metrics[1:]})
+    assert lacks(fewer, asks) == f"has no metric {small.metrics[0].id}"

@@ -132,6 +132,9 @@ def run_battery(
     generation; once `countersign` finds what countersigns the commitment in `out`, the same call goes on.
     """
     progress = progress or Silent()
+    for policy in job.policies:
+        if lacking := lacks(job.battery, policy):
+            progress.say(f"policy {policy.name} will refuse this run: battery {job.battery.name} {lacking}")
     with ExitStack() as stack:
         try:
             before, writer = _open_all(job, out, ledger, progress, stack, countersign)
@@ -149,6 +152,21 @@ def run_battery(
     save_report(report, out, view_variants(out, journal))
     finish(ledger, out / JOURNAL, job.battery, report=sha256_hex(report_json(report)))
     return report
+
+
+def lacks(battery: Battery, policy: Policy) -> str:
+    """What no run of the battery can give the policy, in words; nothing where it lacks nothing."""
+    has = {metric.id for metric in battery.metrics}
+    found = []
+    if battery.tier not in policy.tiers:
+        found.append(f"is of tier {battery.tier}, not {' or '.join(policy.tiers)}")
+    for what, names in (
+        ("scorer", policy.scorers.keys() - battery.scorers.keys()),
+        ("metric", {criterion.metric for criterion in policy.criteria} - has),
+    ):
+        if names:
+            found.append(f"has no {what} {', '.join(sorted(names))}")
+    return " and ".join(found)
 
 
 def _fill(job: Job, tested: Tested, writer: JournalWriter, ledger: Ledger, progress: Progress, name: str) -> None:
