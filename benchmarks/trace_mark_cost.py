@@ -281,6 +281,8 @@ def battery(aligned: Path, copy: Path, cache: Path) -> dict[str, dict[str, Any]]
         command = [sys.executable, "-m", "steelyard.cli.main", "safety", "run", folders["tested"], out / "run"]
         command += ["--variants", f"cast={folders['masters']},mark={folders['marked']}"]
         subprocess.run([str(part) for part in [*command, "--workspace", out / "workspace"]], check=False)
+        if not (out / "run" / "variants.json").exists():
+            raise SystemExit(f"{out / 'run'}: the test of the variants did not end: the same command resumes it")
         for folder in folders.values():
             shutil.rmtree(folder)
     found = json.loads((out / "run" / "variants.json").read_text())["variants"]
