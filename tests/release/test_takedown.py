@@ -16,6 +16,8 @@ from steelyard.release import takedown_folder
 from steelyard.release.layout import MANIFEST, SUMMARY
 from steelyard.release.notice import DATA, PAGE, README, notice_files
 from steelyard.release.takedown import Outcome, published_places, take_down
+from steelyard.release.trust import Trust
+from steelyard.release.verify import examine
 
 NOTICE = {README, PAGE, DATA}
 
@@ -73,6 +75,13 @@ def test_the_notice_takes_its_place_and_the_files_are_kept_aside(ledger: Ledger,
     assert only(take_down(notice, ledger=ledger)).state == "already"
     assert len(ledger.events("release.taken_down")) == 1
     assert sorted(path.name for path in place.parent.iterdir()) == sorted([place.name, aside.name])
+
+
+def test_verify_points_to_the_notice(ledger: Ledger, place: Path, manifest: str) -> None:
+    take_down(notice_of(manifest), ledger=ledger)
+    first = examine(place, trust=Trust(evaluators=(), approvers=(), releasers=())).findings[0]
+    assert first.code == "withdrawn"
+    assert "took down: read it" in first.message
 
 
 def test_deleted_on_demand_at_once_or_later(ledger: Ledger, place: Path, manifest: str) -> None:

@@ -51,6 +51,7 @@ from steelyard.release.keys import load_public_key, read_key_event
 from steelyard.release.layout import (
     BATTERY,
     JOURNAL,
+    MANIFEST,
     MODEL_SIGNATURE,
     OVERLAP,
     POLICY,
@@ -58,6 +59,7 @@ from steelyard.release.layout import (
     REPORT,
     UNSIGNED,
 )
+from steelyard.release.notice import DATA as NOTICE
 from steelyard.release.seen import see_contents, see_statements
 from steelyard.release.statements import (
     predecessor_facts,
@@ -187,6 +189,9 @@ def examine(
     if os.path.lexists(folder / COPY_STATEMENT):
         return _marked_copy(folder, trust, now, progress)
     work = _Work(folder, trust, stage, now or datetime.now(UTC))
+    if os.path.lexists(folder / NOTICE) and not os.path.lexists(folder / MANIFEST):
+        text = f"{NOTICE}: a notice lies here, in the place of a release that its maker took down: read it"
+        work.findings.append(Finding("withdrawn", text))
     present, findings = list_files(folder)
     work.findings += findings
     safe = not any(finding.code == "unsafe" for finding in findings)
