@@ -32,12 +32,11 @@ from steelyard.release.grants import revoke
 from steelyard.release.keys import revoke_key
 from steelyard.release.trust import load_trust
 
-NOW = datetime.now(UTC)
 OTHER = "0" * 64
 
 
 def at(days: float) -> str:
-    return (NOW + timedelta(days=days)).isoformat(timespec="seconds")
+    return (datetime.now(UTC) + timedelta(days=days)).isoformat(timespec="seconds")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,7 @@ def summary_of(copies: Copies, change: Callable[[Any], object]) -> None:
 
 def revoked(copies: Copies) -> dict[str, Any]:
     with copies.desk.book() as book:
-        (grant,) = book.grants(NOW)
+        (grant,) = book.grants(datetime.now(UTC))
         word = revoke(book, grant.id, "moved on", signer=copies.desk.signer("bob"), trust=copies.desk.trust)
     return {"revoked": [word]}
 
@@ -187,7 +186,7 @@ CASES: dict[str, Case] = {
     "from tomorrow": (lambda c: c.remake(statement=predicate(signed=at(1))), "later than now"),
     "the unmarked weights": (original_weights, "they carry no mark"),
     "another licence": (lambda c: wrote(c, LICENCE, b"Anything goes.\n").remake(), "is not the one that was accepted"),
-    "after its end": (lambda _: {"now": NOW + timedelta(days=101)}, "expired at"),
+    "after its end": (lambda _: {"now": datetime.now(UTC) + timedelta(days=101)}, "expired at"),
     "a change that is no mark": (
         lambda c: c.remake(statement=predicate(bound={"relative_change": 0.1})),
         "more than the 0.0016 a mark may cost",

@@ -114,7 +114,7 @@ def test_a_seed_gives_one_draw(tested: tuple[Journal, Battery]) -> None:
 
 def test_what_can_not_be_drawn(tested: tuple[Journal, Battery]) -> None:
     journal, asked = tested
-    with pytest.raises(UsageError, match="count 145: there are 144"):
+    with pytest.raises(UsageError, match="145 were asked for, there are 144"):
         drawn(tested, 145)
     with pytest.raises(SteelyardError, match="did not end"):
         drawn((replace(journal, entries=journal.entries[:-1]), asked))
