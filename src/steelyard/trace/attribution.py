@@ -4,6 +4,10 @@ Models of one family differ by a percent or so, and any two of them are "related
 base and R a release made from it, the suspect S is written as S = c B + sum of a_R (R - B) + rest, over sampled
 rows: a_R is the share of the release's own change that S holds. It is 1 for what was made from R, 0.3 for a merge
 with 30% of R, and for another fine-tune of the same base whatever two fine-tunes have in common.
+
+What the limits below are between, as `benchmarks/trace_lineage.py` measured it on one family (base and release 0.5%
+apart): copies, fine-tunes and their quantisations .91 to 1.01, merges of a half .50, of three tenths .30, of a tenth
+.07 (uneven from tensor to tensor, and so called a relative only); another fine-tune of the same base .003.
 """
 
 from __future__ import annotations
