@@ -32,6 +32,7 @@ from suspects_made import (
 from test_digests import bencode, torrent
 
 from steelyard.base.errors import FormatError
+from steelyard.trace import elsewhere
 from steelyard.trace.digests import cast
 from steelyard.trace.elsewhere import trace_elsewhere
 from steelyard.trace.lineage import (
@@ -292,6 +293,57 @@ def test_a_torrent_is_compared_by_its_pieces(tmp_path: Path, registered: list[Re
     assert (answer.verdict, answer.nearest.name) == (EXACT, "release")
     path = put(tmp_path / "b.torrent", bencode(torrent({"w": bytes(len(content))})))
     assert trace_elsewhere(path, registered).verdict == UNREADABLE
+
+
+def test_a_torrent_that_shares_our_header_alone_is_not_ours(tmp_path: Path, registered: list[Reference]) -> None:
+    """Unrelated models of the same shapes have the same header; a copy that was changed has some of our pieces."""
+    release = next(one for one in registered if one.name == "release")
+    content = (release.folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    tail = bytes(255 - byte for byte in content)
+    small = torrent({"w": content[:start] + tail[start:]})
+    answer = trace_elsewhere(put(tmp_path / "a.torrent", bencode(small)), registered)
+    assert answer.verdict == UNREADABLE
+    middle = start + (len(content) - start) // 2
+    half = torrent({"w": content[:middle] + tail[middle:]})
+    answer = trace_elsewhere(put(tmp_path / "b.torrent", bencode(half)), registered)
+    assert (answer.verdict, answer.nearest.changes, answer.nearest.distance) == (DERIVED, ("some pieces",), None)
+
+
+def test_a_torrent_of_many_files_of_our_size_reads_no_more_than_its_budget(
+    tmp_path: Path, registered: list[Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = next(one for one in registered if one.name == "release")
+    size = (release.folder / "model.safetensors").stat().st_size
+    read: list[int] = []
+
+    def matching(torrent: Any, file: Any, ours: Path, limit: int) -> tuple[int, int]:
+        read.append(limit)
+        return 0, max(1, limit // torrent.piece_length)
+
+    path = put(tmp_path / "a.torrent", bencode(torrent({f"w{at}": bytes(size) for at in range(50)})))
+    monkeypatch.setattr(elsewhere, "matching_pieces", matching)
+    monkeypatch.setattr(elsewhere, "TORRENT_BUDGET", 10 * 16384)
+    assert trace_elsewhere(path, [release]).verdict == UNREADABLE
+    assert 0 < len(read) <= 10
+
+
+def test_frequencies_that_follow_from_the_settings_prove_nothing(tmp_path: Path) -> None:
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.linspace(1, 0, 8, dtype=np.float32)}
+    ours = references(tmp_path, {"ours": ("base", weights(0) | frequencies)})
+    assert _memory(weights(9) | frequencies, ours)["ours"].verdict == UNRELATED
+
+
+def test_a_release_is_held_against_the_base_it_was_made_from(tmp_path: Path) -> None:
+    """Of two related bases the nearer one explains it, in whatever order they were registered."""
+    near = rounded(noised(BASE, 0.2, seed=4))
+    made = rounded(noised(near, 0.01, seed=5))
+    for at, names in enumerate((("far", "near"), ("near", "far"))):
+        bases = {"far": ("base", BASE), "near": ("base", near)}
+        ours = references(tmp_path / str(at), {name: bases[name] for name in names} | {"made": ("release", made)})
+        found = _memory(noised(near, 0.01, seed=6), ours)["made"]
+        assert found.verdict == SIBLING
+        assert found.share == pytest.approx(0, abs=0.1)
 
 
 # --- trees

@@ -145,6 +145,10 @@ def _print(answers: Sequence[Answer], sightings: Sequence[str | None]) -> None:
     ]
     if rows:
         print_table(answer.suspect, ("registered model", "distance", "p", "verdict"), rows)
+    if any(one.log10_p < 0 for one in answer.relations):
+        print(
+            "p: of such evidence from an unrelated model, all tries counted; what it takes for granted: docs/tracing.md"
+        )
     for one in answer.relations:
         if one.verdict != UNRELATED:
             print(one_line(f"{one.name}: " + "; ".join(one.evidence)))

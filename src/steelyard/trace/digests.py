@@ -130,8 +130,12 @@ def cast(values: Float32, dtype: str) -> Bytes:
         return np.ascontiguousarray(values.astype(kind)).view(np.uint8)
 
 
+_COMPUTED = ("inv_freq", "rope_freqs.weight", "rope.freqs")
+
+
 def tensor_digests(tensors: Tensors, progress: Progress | None = None) -> Iterator[TensorDigests]:
-    """Every tensor of a release with its digests as stored and cast; constant ones without any."""
+    """Every tensor of a release with its digests as stored and cast; without any those that unrelated models have too:
+    constant ones, and the frequencies of rotary embeddings, which follow from the settings."""
     names = [name for name, entry in tensors.entries.items() if entry.dtype in FLOATS]
     total = sum(tensors.entries[name].end - tensors.entries[name].start for name in names) / 1e6
 
@@ -147,8 +151,8 @@ def tensor_digests(tensors: Tensors, progress: Progress | None = None) -> Iterat
                 low, high = min(low, float(values.min())), max(high, float(values.max()))
                 for dtype in wanted:
                     states[dtype].update(cast(values, dtype).data)
-        constant = bool(wanted) and low == high
-        digests = {} if constant else {dtype: state.hexdigest() for dtype, state in states.items()}
+        common = (bool(wanted) and low == high) or name.endswith(_COMPUTED)
+        digests = {} if common else {dtype: state.hexdigest() for dtype, state in states.items()}
         return TensorDigests(name, entry.dtype, entry.shape, digests)
 
     with (

@@ -58,39 +58,45 @@ def by_listing(path: Path, references: Sequence[Reference]) -> Answer:
             digests = tuple((one.name, one.sha256) for one in same)
             relation = Relation(reference.name, reference.kind, verdict, changes, SHA256_LOG10, 0.0)
             relations.append(replace(relation, evidence=evidence, digests=digests))
-    why = f"{path}: none of its {len(listed)} digests is one of our files': a changed copy shows only in its weights"
+    why = f"{path}: none of its {len(listed)} digests is one of our files: a changed copy shows only in its weights"
     return _answer(path, relations, f"{why}: download a weight file and trace that", path.stat().st_size)
 
 
 def by_torrent(path: Path, references: Sequence[Reference]) -> Answer:
     """A torrent by its pieces, against our files of the same length. Raises FormatError for a broken torrent."""
     torrent = read_torrent(path)
-    relations, absent = [], []
+    relations, absent, budget = [], [], TORRENT_BUDGET
     for reference in references:
-        evidence, whole = [], 0
+        evidence, whole, part = [], 0, False
         for ours in reference.files:
             file = reference.folder / ours.name
             candidates = [one for one in torrent.files if one.length == ours.size]
             if candidates and not file.is_file():
                 absent.append(str(file))
                 continue
+            root = merkle_root(file) if any(one.root is not None for one in candidates) else None
             for one in candidates:
-                if one.root is not None and one.root == merkle_root(file):
-                    evidence.append(f"{one.path}: the root of its SHA-256 tree is that of our {ours.name}")
-                elif one.root is None:
-                    equal, compared = matching_pieces(torrent, one, file, TORRENT_BUDGET)
-                    if not equal:
-                        continue
-                    evidence.append(f"{one.path}: {equal} of {compared} pieces are those of our {ours.name}")
+                if one.root is not None:
+                    equal = compared = int(one.root == root)
+                    said = f"{one.path}: the root of its SHA-256 tree is that of our {ours.name}"
+                elif budget > 0:
+                    equal, compared = matching_pieces(
+                        torrent, one, file, min(budget, TORRENT_BUDGET // len(candidates))
+                    )
+                    budget -= compared * torrent.piece_length
+                    said = f"{one.path}: {equal} of {compared} pieces are those of our {ours.name}"
                 else:
-                    continue
-                whole += 1
-                break
+                    break
+                if equal:
+                    evidence.append(said)
+                    whole += equal == compared
+                    part |= equal < compared
+                    break
         if evidence:
-            verdict = EXACT if whole == len(reference.files) else SAME
-            relations.append(
-                Relation(reference.name, reference.kind, verdict, (), SHA1_LOG10, 0.0, evidence=tuple(evidence))
-            )
+            verdict = DERIVED if part else EXACT if whole == len(reference.files) else SAME
+            changes = ("some pieces",) if part else ()
+            relation = Relation(reference.name, reference.kind, verdict, changes, SHA1_LOG10, None if part else 0.0)
+            relations.append(replace(relation, evidence=tuple(evidence)))
     why = f"{path}: no piece of it is of our files: a changed copy shows only in its weights: download and trace them"
     if absent and not relations:
         why = f"{path}: our own {absent[0]} is no longer there, so its pieces cannot be hashed: put it back"

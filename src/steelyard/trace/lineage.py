@@ -315,12 +315,26 @@ def _look(suspect: Suspect, reference: Reference, count: int) -> _Found:
 
 
 def _attribute(suspect: Suspect, related: Sequence[_Found]) -> None:
-    """Where a base and releases made from it are all related, the releases' shares."""
+    """Where a base and releases made from it are all related, the releases' shares: of each over the base nearest to
+    it."""
     bases = [one for one in related if one.reference.kind == "base"]
-    releases = [one for one in related if one.reference.kind == "release"]
-    if not bases or not releases:
-        return
-    base = bases[0]
+    made: dict[int, list[_Found]] = {}
+    for release in (one for one in related if one.reference.kind == "release"):
+        apart = [_apart(base.reference, release.reference) for base in bases]
+        if bases and min(apart) < math.inf:
+            made.setdefault(apart.index(min(apart)), []).append(release)
+    for at, releases in made.items():
+        _shares_over(suspect, bases[at], releases)
+
+
+def _apart(base: Reference, release: Reference) -> float:
+    """Mean difference of two registered models' signatures; infinite where their shapes differ."""
+    if base.gate.shape != release.gate.shape:
+        return math.inf
+    return float(np.abs(base.gate.astype(np.float32) - release.gate.astype(np.float32)).mean())
+
+
+def _shares_over(suspect: Suspect, base: _Found, releases: Sequence[_Found]) -> None:
     if base.order is not None and base.signature is None:
         by_name = {id(one): {pair.name: pair for pair in one.pairs} for one in (base, *releases)}
         names = [name for name in by_name[id(base)] if all(name in by_name[id(one)] for one in releases)]

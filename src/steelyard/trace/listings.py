@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from steelyard.base.errors import FormatError
 from steelyard.base.files import open_regular, read_bounded
@@ -219,22 +219,32 @@ def _tree(path: Path, tree: Any, prefix: str, depth: int) -> list[TorrentFile]:
 def matching_pieces(torrent: Torrent, file: TorrentFile, ours: Path, limit: int) -> tuple[int, int]:
     """(equal, compared) pieces that lie wholly inside `file`, against our file of the same length.
 
-    Reads at most `limit` bytes of ours: pieces spread evenly over the file. Nothing where the lengths differ.
+    Reads at most `limit` bytes of ours (one piece at least): pieces spread evenly over the file. Left out is what an
+    unrelated model of these shapes has as well: pieces in our header, or of one byte repeated. Nothing where the
+    lengths differ.
     """
     size = torrent.piece_length
     with open_regular(ours) as data:
         if os.fstat(data.fileno()).st_size != file.length or not torrent.pieces:
             return 0, 0
-        first, last = -(-file.start // size), (file.start + file.length) // size
+        first, last = -(-(file.start + _header(data, ours)) // size), (file.start + file.length) // size
         if file.start + file.length == sum(one.length for one in torrent.files):
             last = len(torrent.pieces)  # the last piece of all is as long as what is left
         count = min(last - first, max(1, limit // size))
         chosen = sorted({first + index * (last - first) // count for index in range(count)}) if count > 0 else []
-        equal = 0
+        equal = compared = 0
         for piece in chosen:
             data.seek(piece * size - file.start)
-            equal += hashlib.sha1(data.read(size), usedforsecurity=False).digest() == torrent.pieces[piece]
-    return equal, len(chosen)
+            part = data.read(size)
+            if part.count(part[:1]) < len(part):
+                compared += 1
+                equal += hashlib.sha1(part, usedforsecurity=False).digest() == torrent.pieces[piece]
+    return equal, compared
+
+
+def _header(data: BinaryIO, path: Path) -> int:
+    """Bytes of our file before its tensors."""
+    return 8 + int.from_bytes(data.read(8), "little") if path.suffix == ".safetensors" else 0
 
 
 def merkle_root(ours: Path) -> bytes:
