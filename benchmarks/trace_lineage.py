@@ -14,13 +14,13 @@ import json
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import OUT
-from trace_models import pairs, read_index
+from trace_index import pairs, read_index
 
 from steelyard.base.progress import default_progress
 from steelyard.cli.output import print_table
@@ -33,7 +33,15 @@ from steelyard.trace.signature import chosen_neurons, chosen_tokens, sampled_row
 from steelyard.trace.tensors import Entry, Tensors, decode, in_memory, open_tensors
 
 PERMUTATIONS = 12
+LEAST = {"derived": 60, "unrelated": 90}  # pairs that the accuracy needs
+LEAST_FALSE = 1000  # and the false positives
+BARS = {"lineage_accuracy": 0.98, "lineage_7b_seconds": 10.0, "lineage_7b_megabytes": 40.0, "smollm2_seconds": 5.0}
 RIGHT = {"derived": RELATED, "sibling": (SIBLING,), "unrelated": (UNRELATED,)}
+FAMILIES = (  # of derived models, that must be among them
+    "re-shard + rename + fp16", "GGUF Q8_0", "GGUF Q4_0", "fine-tune", "fine-tune + int4", "LoRA", "DPO",
+    "rotate + permute + scale + fold", "merge", "abliteration", "continued pretraining", "pruning",
+    "vocabulary extension", "layer removal",
+)  # fmt: skip
 SHAPES_7B = {"hidden": 4096, "intermediate": 11008, "layers": 32, "vocab": 32000}
 
 
@@ -234,6 +242,15 @@ def seven_billion(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def lacking(found: list[dict[str, Any]], false_pairs: int) -> list[str]:
+    """What the models at hand are too few for, in words: the figures then say less than they are asked to."""
+    counts = Counter(one["truth"] for one in found)
+    families = {one["family"].removesuffix(" (small)") for one in found if one["truth"] == "derived"}
+    said = [f"{counts[truth]} {truth} pairs of {least}" for truth, least in LEAST.items() if counts[truth] < least]
+    said += [f"{false_pairs} pairs of {LEAST_FALSE} for lineage_false"] * (false_pairs < LEAST_FALSE)
+    return said + [f"no {family}" for family in FAMILIES if family not in families]
+
+
 def main() -> None:
     cache = Path(sys.argv[1])
     found, references = all_pairs(cache)
@@ -253,31 +270,35 @@ def main() -> None:
     false, count = false_positives(cache, references)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         large = seven_billion(Path(scratch))
-    right = sum(one["right"] for one in found)
-    related = sum(one["truth"] == "derived" for one in found)
     print_table(
         "7B shapes",
         ("suspect", "seconds", "MB read", "GB", "log10 p", "verdict"),
         [(one["suspect"], f"{one['seconds']:.1f}", f"{one['megabytes']:.1f}", f"{one['file_gigabytes']:.1f}",
           f"{one['log10_p']:.0f}", ", ".join((one["verdict"], *one["changes"]))) for one in large],
     )  # fmt: skip
-    ours = [one for one in found if one["truth"] == "derived" and "(small)" not in one["family"]]
-    slowest = max(ours, key=lambda one: one["seconds"])
     figures = {
-        "lineage_accuracy": right / len(found),
+        "lineage_accuracy": sum(one["right"] for one in found) / len(found),
         "pairs": len(found),
-        "derived_pairs": related,
+        "derived_pairs": sum(one["truth"] == "derived" for one in found),
+        "unrelated_pairs": sum(one["truth"] == "unrelated" for one in found),
         "lineage_false": false,
         "false_pairs": count,
         "level_log10": LEVEL,
         "lineage_7b_seconds": max(one["seconds"] for one in large),
         "lineage_7b_megabytes": max(one["megabytes"] for one in large),
-        "smollm2_seconds": slowest["seconds"],
     }
+    ours = [one for one in found if one["truth"] == "derived" and "(small)" not in one["family"]]
+    if ours:
+        slowest = max(ours, key=lambda one: one["seconds"])
+        figures["smollm2_seconds"] = slowest["seconds"]
+        traced = len({one["suspect"] for one in ours})
+        print(f"of {traced} suspects of SmolLM2's size the slowest was {slowest['suspect']}")
     for name, value in figures.items():
-        print(f"[{name}] {value:g}")
-    traced = len({one["suspect"] for one in ours})
-    print(f"of {traced} suspects of SmolLM2's size the slowest was {slowest['suspect']}")
+        bar = BARS.get(name)
+        asked = "" if bar is None else f" (asked: {bar:g})"
+        print(f"[{name}] {value:g}{asked}")
+    for words in lacking(found, count):
+        print(f"too few models: {words}")
     OUT.mkdir(exist_ok=True)
     (OUT / "trace_lineage.json").write_text(json.dumps({"figures": figures, "pairs": found, "7b": large}, indent=1))
 

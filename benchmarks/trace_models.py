@@ -4,12 +4,15 @@
 CACHE/index.json lists {"name", "path", "family", "parents", "related", "relative_change", "note"}: `path` is a folder
 or a GGUF, `parents` are names, `related` says whether the release ("aligned") is among the ancestors, and `note` what
 was done. CACHE/adapters.json lists LoRA adapters of the release alike, kept as such to save room. A run that was
-stopped goes on with the first variant that is missing; the parts (small, large, adapters) may be built side by side.
+stopped goes on with the first variant that is missing. Without a part (small, large, adapters) all are built, those of
+full size in one process of one thread, beside it the small ones and then the adapters in another.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -330,9 +333,19 @@ def build(cache: Cache, name: str, plan: list[Variant]) -> None:
         print(f"  {spent:,.0f} s, about {left_over:,.0f} s left", file=sys.stderr, flush=True)
 
 
+def side_by_side(*plans: list[str]) -> None:
+    """This program with each plan's parts, a process of one thread each. Exits with 1 where one failed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *sys.argv[:4]]
+    running = [subprocess.Popen([*command, *plan], env=environment) for plan in plans]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        sys.exit(1)
+
+
 def main() -> None:
     base, aligned, folder = (Path(argument).resolve() for argument in sys.argv[1:4])
-    parts = sys.argv[4:] or ["small", "large", "adapters"]
+    parts = sys.argv[4:]
     cache = Cache(folder, base, aligned)
     torch.manual_seed(0)
     index = folder / "index.json"
@@ -344,6 +357,9 @@ def main() -> None:
         add_to_index(index, [first | given, second | given])
     for part in parts:
         build(cache, "adapters.json" if part == "adapters" else "index.json", cache.part(part))
+    if parts:
+        return
+    side_by_side(["small", "adapters"], ["large"])
     rows = read_index(index)
     counts = Counter((truth, "small" in suspect["family"]) for suspect, _, truth in pairs(rows))
     for (truth, small), number in sorted(counts.items()):

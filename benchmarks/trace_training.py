@@ -19,6 +19,7 @@ from pathlib import Path
 from train_data import preferences
 
 from steelyard.base.canonical import sha256_hex
+from steelyard.base.files import write_atomic
 from steelyard.base.progress import LineProgress, Silent
 from steelyard.corpus.shards import Shards, write_shards
 from steelyard.inference.endpoint import Message, Request, Sampling
@@ -100,8 +101,7 @@ def _answered(name: str, count: int, base: Path, work: Path) -> list[Conversatio
                 answers += endpoint.generate(requests[start : start + 64])
                 task.advance(min(64, len(requests) - start))
         rows = [[p.text, a.text.strip()] for p, a in zip(prompts, answers, strict=True) if a.text.strip()]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(rows, ensure_ascii=False))
+        write_atomic(kept, json.dumps(rows, ensure_ascii=False).encode())
     return [_talk(asked, answer) for asked, answer in json.loads(kept.read_text())][:count]
 
 

@@ -79,8 +79,14 @@ def relative_change(suspect: Path, parent: Path) -> float | None:
 
 
 def renamed(source: Path, out: Path) -> None:
-    """Four shards, float16, under the names of LLaMA's first release (`layers.0.feed_forward.w1.weight`)."""
+    """Four shards, float16, as LLaMA's first release was: its names (`layers.0.feed_forward.w1.weight`), query and key
+    rows interleaved."""
     config, tensors = load(source)
+    for name in tensors:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config["num_attention_heads"]
+            head_dim = config.get("head_dim") or config["hidden_size"] // heads
+            tensors[name] = torch.from_numpy(gguf_export.permute(tensors[name].numpy(), head_dim))
     save(out, config, {_first_names(name): value for name, value in tensors.items()}, source, "float16", 80_000_000)
 
 
