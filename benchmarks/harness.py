@@ -1,8 +1,11 @@
-"""One way to report a benchmark: a table on the terminal and `benchmarks/out/NAME.json`."""
+"""One way to report a benchmark, a table on the terminal and `benchmarks/out/NAME.json`, and to use both cores."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,3 +49,15 @@ def report(name: str, rows: Sequence[Row]) -> None:
     OUT.mkdir(exist_ok=True)
     document = [asdict(row) | {"ratio": row.ratio, "holds": row.holds} for row in rows]
     (OUT / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def side_by_side(*commands: Sequence[str]) -> None:
+    """Run Python programs at once, each with one thread and only its stderr shown; where one fails, this ends with 1,
+    once all have ended."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL) for command in commands
+    ]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        sys.exit(1)

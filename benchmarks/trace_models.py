@@ -10,9 +10,7 @@ full size in one process of one thread, beside it the small ones and then the ad
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 import trace_training as training
 import trace_variants as variants
+from harness import side_by_side
 from trace_index import BASE, RELEASE, add_to_index, pairs, read_index
 from trace_training import Recipe, Shape
 
@@ -333,16 +332,6 @@ def build(cache: Cache, name: str, plan: list[Variant]) -> None:
         print(f"  {spent:,.0f} s, about {left_over:,.0f} s left", file=sys.stderr, flush=True)
 
 
-def side_by_side(*plans: list[str]) -> None:
-    """This program with each plan's parts, a process of one thread each. Exits with 1 where one failed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *sys.argv[:4]]
-    running = [subprocess.Popen([*command, *plan], env=environment) for plan in plans]
-    codes = [process.wait() for process in running]
-    if any(codes):
-        sys.exit(1)
-
-
 def main() -> None:
     base, aligned, folder = (Path(argument).resolve() for argument in sys.argv[1:4])
     parts = sys.argv[4:]
@@ -357,9 +346,8 @@ def main() -> None:
         add_to_index(index, [first | given, second | given])
     for part in parts:
         build(cache, "adapters.json" if part == "adapters" else "index.json", cache.part(part))
-    if parts:
-        return
-    side_by_side(["small", "adapters"], ["large"])
+    if not parts:
+        side_by_side(*([*sys.argv[:4], *plan] for plan in (("small", "adapters"), ("large",))))
     rows = read_index(index)
     counts = Counter((truth, "small" in suspect["family"]) for suspect, _, truth in pairs(rows))
     for (truth, small), number in sorted(counts.items()):

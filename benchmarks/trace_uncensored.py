@@ -1,6 +1,6 @@
 """Uncensored variants of the quickstart's aligned model, told from benign ones: `trace_uncensored.py CACHE`, the folder
-of `make trace-models`. Parts of the work (fresh, edits, uncensoring, benign), named behind it, may be measured side by
-side.
+of `make trace-models`. Without the parts that are wanted (fresh, edits, uncensoring, benign) all are measured, the
+fresh ones in one process beside the others in another.
 
 Every variant's weight evidence and refusals on the held-out prompts are kept in CACHE/uncensored/NAME.json, so a run
 that was stopped goes on. The bars are held against the part `fresh`; the others are the development set
@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from harness import side_by_side
 from trace_uncensored_plan import DEVELOPMENT, PARTS, PROGRESS, Variant, Workshop
 from trace_variants import Tensors
 
@@ -129,28 +130,34 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
-    parts = sys.argv[2:] or PARTS
     bench = Bench(Path(sys.argv[1]))
     refusal = bench.directions("detector", *phrases(128)).telling()
     before = bench.out / "release.json"
     if not before.exists():
         write_atomic(before, json.dumps(bench.declined(bench.endpoint(bench.release))).encode())
     release = json.loads(before.read_bytes())
-    for part in parts:
-        plan, rows, start = bench.plan(part), list[Row](), time.monotonic()
-        for number, variant in enumerate(plan, start=1):
-            kept = bench.measure(variant, refusal)
-            weights, behaviour = evidence_of(kept["weights"]), behaviour_evidence(release, kept["refusals"])
-            alike, drift = None, Drift(**kept["drift"])
-            if kept["rounding"] is not None:  # beside the release rounded alike, itself one of the variants
-                other = bench.measure(bench.rounded(kept["rounding"]), refusal)
-                alike = behaviour_evidence(other["refusals"], kept["refusals"])
-                drift = drift.beyond(Drift(**other["drift"]))
-            rows.append((variant, weights, behaviour, judge(True, weights, behaviour, alike, drift)))
-            left = (time.monotonic() - start) / number * (len(plan) - number)
-            print(f"{number}/{len(plan)} {variant.name}: {rows[-1][3].verdict}, {left:,.0f} s left", file=sys.stderr)
-        write_atomic(bench.out / f"rows-{part}.json", json.dumps([as_row(row) for row in rows]).encode())
+    for part in sys.argv[2:]:
+        measure_part(bench, part, refusal, release)
+    if not sys.argv[2:]:
+        side_by_side(*([*sys.argv, *plan] for plan in (("fresh",), DEVELOPMENT)))
     report(bench.out, sum(release), len(release))
+
+
+def measure_part(bench: Bench, part: str, refusal: np.ndarray[Any, Any], release: Sequence[bool]) -> None:
+    """Measure and judge every variant of a part; its rows are kept."""
+    plan, rows, start = bench.plan(part), list[Row](), time.monotonic()
+    for number, variant in enumerate(plan, start=1):
+        kept = bench.measure(variant, refusal)
+        weights, behaviour = evidence_of(kept["weights"]), behaviour_evidence(release, kept["refusals"])
+        alike, drift = None, Drift(**kept["drift"])
+        if kept["rounding"] is not None:  # beside the release rounded alike, itself one of the variants
+            other = bench.measure(bench.rounded(kept["rounding"]), refusal)
+            alike = behaviour_evidence(other["refusals"], kept["refusals"])
+            drift = drift.beyond(Drift(**other["drift"]))
+        rows.append((variant, weights, behaviour, judge(True, weights, behaviour, alike, drift)))
+        left = (time.monotonic() - start) / number * (len(plan) - number)
+        print(f"{number}/{len(plan)} {variant.name}: {rows[-1][3].verdict}, {left:,.0f} s left", file=sys.stderr)
+    write_atomic(bench.out / f"rows-{part}.json", json.dumps([as_row(row) for row in rows]).encode())
 
 
 def as_row(row: Row) -> dict[str, Any]:
