@@ -47,6 +47,12 @@ class Input:
     summary: dict[str, Any]
     inputs: Mapping[str, Input]
 
+    @property
+    def made(self) -> Path:
+        """The file or folder of a stage that makes one."""
+        assert self.path is not None, f"stage {self.stage} made no file"
+        return self.path
+
 
 @dataclass(frozen=True)
 class Outcome:

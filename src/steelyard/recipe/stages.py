@@ -30,6 +30,7 @@ from steelyard.recipe.schema import (
     StageKind,
     field,
 )
+from steelyard.recipe.text_stages import TEXT_KINDS
 from steelyard.recipe.train_stages import TRAIN_KINDS
 from steelyard.release.refused import Refused  # noqa: F401 - what the release stage raises
 
@@ -202,8 +203,8 @@ class SafetyStage(StageKind[SafetyConfig]):
 
         battery, folder = _battery("battery", context.config.battery), battery_folder(context.config.battery)
         job = Job(
-            candidate=tested(_path(inputs["model"])),
-            predecessor=tested(_path(inputs["predecessor"])) if "predecessor" in inputs else None,
+            candidate=tested(inputs["model"].made),
+            predecessor=tested(inputs["predecessor"].made) if "predecessor" in inputs else None,
             battery=battery,
             policies=[_policy("policies", name) for name in context.config.policies],
             scorers={name: open_scorer(reference, folder) for name, reference in battery.scorers.items()},
@@ -211,7 +212,7 @@ class SafetyStage(StageKind[SafetyConfig]):
         look = _countersigned(context.config)
         found = run_battery(job, out=context.place, ledger=context.ledger, progress=context.progress, countersign=look)
         if variants := _variants(context.config):
-            model = _path(inputs["model"])
+            model = inputs["model"].made
             found = run_variants(
                 job,
                 variants,
@@ -328,7 +329,7 @@ class ReleaseStage(StageKind[ReleaseConfig]):
     def run(self, context: Context[ReleaseConfig], inputs: Mapping[str, Input]) -> Outcome:
         from steelyard.release.bundle import write_bundle
 
-        config, run = context.config, _path(inputs["run"])
+        config, run = context.config, inputs["run"].made
         policy, out = _policy("policy", config.policy), Path(config.out)
         before = inputs["run"].inputs.get("predecessor")
         if out.exists() and out.absolute() not in context.earlier:
@@ -337,12 +338,12 @@ class ReleaseStage(StageKind[ReleaseConfig]):
         with _signing_key(context) as (signer, key, card):
             decision = write_bundle(
                 run=run,
-                model=_path(inputs["run"].inputs["model"]),
+                model=inputs["run"].inputs["model"].made,
                 policy=policy,
                 ledger=context.ledger,
                 signer=signer,
                 key=card,
-                predecessor=None if before is None else _path(before),
+                predecessor=None if before is None else before.made,
                 aside=aside,
                 about=_about(config),
                 out=out,
@@ -421,7 +422,7 @@ class VerifyStage(StageKind[VerifyConfig]):
         config, bundle = context.config, inputs["bundle"]
         keys = [Path(key) for key in config.keys] or [Path(bundle.summary["public_key"])]
         result = verify_bundle(
-            _path(bundle), keys=keys, policy=config.policy, replay=config.replay, progress=context.progress
+            bundle.made, keys=keys, policy=config.policy, replay=config.replay, progress=context.progress
         )
         if not result.ok:
             reasons = "; ".join(finding.message for finding in result.findings)
@@ -430,11 +431,6 @@ class VerifyStage(StageKind[VerifyConfig]):
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------
-
-
-def _path(given: Input) -> Path:
-    assert given.path is not None, f"stage {given.stage} made no file"
-    return given.path
 
 
 def _battery(name: str, reference: str) -> Battery:
@@ -493,5 +489,5 @@ def scorer_files(reference: str, beside: Path = Path()) -> str:
 
 KINDS: dict[str, StageKind[Any]] = {
     kind.name: kind
-    for kind in (ImportStage(), *TRAIN_KINDS, AlignStage(), SafetyStage(), ReleaseStage(), VerifyStage())
+    for kind in (ImportStage(), *TEXT_KINDS, *TRAIN_KINDS, AlignStage(), SafetyStage(), ReleaseStage(), VerifyStage())
 }

@@ -1,4 +1,4 @@
-"""Stages that make a model from nothing: text, tokenizer, shards, pretraining, conversations, tuning, GGUF, comparison.
+"""Stages that train a model, and tell what came of it: pretraining, conversations, tuning, GGUF, comparison.
 
 Training goes on where it was interrupted: what is unfinished lies in the workspace under training/, by the stage's key.
 """
@@ -7,217 +7,26 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from steelyard.base.canonical import digest, sha256_file
 from steelyard.base.errors import SteelyardError
 from steelyard.base.files import new_folder, write_atomic
 from steelyard.recipe.schema import Context, FieldError, Input, Outcome, StageConfig, StageKind
+from steelyard.recipe.text_stages import ROOMS, TRAIN, VALIDATION, Settings, read_documents
 
 if TYPE_CHECKING:
-    from steelyard.corpus.text import Document
     from steelyard.train.conversations import Conversation
     from steelyard.train.options import TrainOptions
-
-TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
-_ROOMS = ("base", "model", "corpus", "train")
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-# -- text ------------------------------------------------------------------------------------------------------------
-
-
-class PythonText(_Settings):
-    """The documentation inside Python and `packages`; `limit`: the most characters of each of them."""
-
-    packages: tuple[str, ...] = Field(default=("numpy",), strict=False)
-    limit: int | None = Field(default=None, ge=1)
-
-
-class FolderText(_Settings):
-    """Text files below `path` (relative to the current folder). `only`: patterns; `boundary`: a regular expression that
-    matches where a document begins; `optional`: left out, aloud, where the folder is absent.
-    """
-
-    path: str = Field(min_length=1)
-    only: tuple[str, ...] = Field(default=(), strict=False)
-    boundary: str = ""
-    limit: int | None = Field(default=None, ge=1)
-    optional: bool = False
-
-
-class TextConfig(StageConfig):
-    """`validation_share`: of documents, held out; `longest`: characters at which a document is cut."""
-
-    kind: Literal["text"]
-    python: PythonText | None = None
-    folders: dict[str, FolderText] = Field(default_factory=dict)
-    validation_share: float = Field(gt=0, lt=1)
-    longest: int | None = Field(default=None, ge=1000)
-
-    @model_validator(mode="after")
-    def _some(self) -> TextConfig:
-        if self.python is None and not self.folders:
-            raise ValueError("names no source: give python, or folders")
-        return self
-
-
-class TextStage(StageKind[TextConfig]):
-    """Documents to learn from and documents held out, each once."""
-
-    name, config, produces = "text", TextConfig, "text"
-    rooms = ("base", "corpus")
-
-    def externals(self, config: TextConfig, workspace: Path) -> dict[str, str]:
-        found = {}
-        if config.python is not None:
-            found["python"] = sys.version
-            for package in config.python.packages:
-                try:
-                    found[f"package {package}"] = metadata.version(package)
-                except metadata.PackageNotFoundError:
-                    raise FieldError("python", f"package {package} is not installed") from None
-        for name, source in config.folders.items():
-            folder = Path(source.path).expanduser()
-            if folder.is_dir():
-                files = sorted(path for path in folder.rglob("*") if path.is_file())
-                listed = [[path.relative_to(folder).as_posix(), sha256_file(path)] for path in files]
-                found[f"folder {name}"] = digest(listed)
-            elif source.optional:
-                found[f"folder {name}"] = "absent"
-            else:
-                raise FieldError("folders", f"{name}: there is no folder {folder} (optional: true would leave it out)")
-        return found
-
-    def run(self, context: Context[TextConfig], inputs: Mapping[str, Input]) -> Outcome:
-        from steelyard.corpus.text import Document, folder_documents, part_sizes, python_documents, split_documents
-
-        config, limits = context.config, {}
-
-        def documents() -> Iterator[Document]:
-            for name, source in config.folders.items():
-                folder = Path(source.path).expanduser()
-                if not folder.is_dir():
-                    context.progress.say(f"{context.stage}: no folder {folder}: goes on without {name}")
-                    continue
-                for found in folder_documents(
-                    folder, only=source.only, boundary=source.boundary, progress=context.progress
-                ):
-                    yield Document(name, found.name, found.text)
-            if config.python is not None:
-                yield from python_documents(config.python.packages, progress=context.progress)
-
-        for name, source in config.folders.items():
-            if source.limit is not None:
-                limits[name] = source.limit
-        if config.python is not None and config.python.limit is not None:
-            limits |= dict.fromkeys(("python", *config.python.packages), config.python.limit)
-        split = split_documents(
-            documents(), validation_share=config.validation_share, limits=limits, longest=config.longest
-        )
-        with new_folder(context.place) as folder:
-            for file, part in ((TRAIN, split.train), (VALIDATION, split.validation)):
-                lines = (json.dumps(vars(document), ensure_ascii=False) for document in part)
-                (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        summary = {
-            "train": part_sizes(split.train),
-            "validation": part_sizes(split.validation),
-            "left_out": {
-                "paragraphs_seen_before": split.paragraphs,
-                "documents_seen_before": split.duplicates,
-                "short": split.short,
-                "over_limit": split.over,
-            },
-            "learned_from": [TRAIN],
-        }
-        return Outcome(context.place, summary)
-
-
-def _documents(folder: Path, part: str) -> Iterator[Document]:
-    from steelyard.corpus.text import Document
-
-    with (folder / part).open(encoding="utf-8") as file:
-        for line in file:
-            yield Document(**json.loads(line))
-
-
-# -- tokenizer, shards -----------------------------------------------------------------------------------------------
-
-
-class TokenizerConfig(StageConfig):
-    """`max_length`: tokens of context of the model that the tokenizer is for."""
-
-    kind: Literal["tokenizer"]
-    text: str
-    vocab_size: int = Field(ge=300, le=1_000_000)
-    max_length: int = Field(ge=16)
-
-
-class TokenizerStage(StageKind[TokenizerConfig]):
-    """Byte-level BPE from the training documents."""
-
-    name, config, produces = "tokenizer", TokenizerConfig, "tokenizer"
-    references = {"text": "text"}  # noqa: RUF012
-    rooms = _ROOMS
-
-    def run(self, context: Context[TokenizerConfig], inputs: Mapping[str, Input]) -> Outcome:
-        from steelyard.train.tokenizer import train_tokenizer
-
-        texts = (document.text for document in _documents(_path(inputs["text"]), TRAIN))
-        size = train_tokenizer(
-            texts,
-            context.place,
-            vocab_size=context.config.vocab_size,
-            max_length=context.config.max_length,
-            progress=context.progress,
-        )
-        return Outcome(context.place, {"vocab_size": size})
-
-
-class ShardsConfig(StageConfig):
-    kind: Literal["shards"]
-    text: str
-    tokenizer: str
-
-
-class ShardsStage(StageKind[ShardsConfig]):
-    """Documents as tokens: train/ and validation/."""
-
-    name, config, produces = "shards", ShardsConfig, "shards"
-    references = {"text": "text", "tokenizer": "tokenizer"}  # noqa: RUF012
-    rooms = _ROOMS
-    resumable = True
-
-    def run(self, context: Context[ShardsConfig], inputs: Mapping[str, Input]) -> Outcome:
-        from steelyard.corpus.shards import MANIFEST, Shards, write_shards
-        from steelyard.model.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.load(_path(inputs["tokenizer"]))
-        summary = {}
-        for name, file in (("train", TRAIN), ("validation", VALIDATION)):
-            folder = context.place / name
-            if (folder / MANIFEST).exists():  # whole, of a run that was interrupted later
-                manifest = Shards.open(folder).manifest
-            else:
-                texts = (document.text for document in _documents(_path(inputs["text"]), file))
-                manifest = write_shards(texts, tokenizer, folder, progress=context.progress)
-            summary[name] = manifest.model_dump(include={"documents", "tokens", "bytes"})
-        return Outcome(context.place, summary)
-
 
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-class Training(_Settings):
+class Training(Settings):
     """How to train: names and defaults as in `train.options.TrainOptions`."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -251,7 +60,7 @@ class Training(_Settings):
         return TrainOptions(**given, betas=(0.9, self.beta2))
 
 
-class Shape(_Settings):
+class Shape(Settings):
     """The sizes of a LLaMA, named as in its config.json."""
 
     hidden_size: int = Field(ge=8)
@@ -294,14 +103,14 @@ class PretrainStage(StageKind[PretrainConfig]):
 
     name, config, produces, room = "pretrain", PretrainConfig, "model", "models"
     references = {"shards": "shards", "tokenizer": "tokenizer"}  # noqa: RUF012
-    rooms = _ROOMS
+    rooms = ROOMS
 
     def run(self, context: Context[PretrainConfig], inputs: Mapping[str, Input]) -> Outcome:
         from steelyard.corpus.shards import Shards
         from steelyard.train.pretrain import Packing, new_model, pretrain, save_pretrained
 
         config = context.config
-        folder, tokenizer = _path(inputs["shards"]), _path(inputs["tokenizer"])
+        folder, tokenizer = inputs["shards"].made, inputs["tokenizer"].made
         parts = [Shards.open(folder / name, progress=context.progress) for name in ("train", "validation")]
         model = new_model(config.model.model_dump(exclude_none=True), tokenizer, config.training.seed)
         work = _work(context)
@@ -329,7 +138,7 @@ class ConversationsStage(StageKind[ConversationsConfig]):
 
     name, config, produces = "conversations", ConversationsConfig, "conversations"
     references = {"text": "text"}  # noqa: RUF012
-    rooms = _ROOMS
+    rooms = ROOMS
 
     def run(self, context: Context[ConversationsConfig], inputs: Mapping[str, Input]) -> Outcome:
         from steelyard.train.made_conversations import made_conversations
@@ -337,7 +146,7 @@ class ConversationsStage(StageKind[ConversationsConfig]):
         counts = {}
         with new_folder(context.place) as folder:
             for file in (TRAIN, VALIDATION):
-                documents = _documents(_path(inputs["text"]), file)
+                documents = read_documents(inputs["text"].made, file)
                 rows = [
                     json.dumps({"messages": [vars(message) for message in made.messages]}, ensure_ascii=False)
                     for made in made_conversations(documents, most=context.config.most)
@@ -373,7 +182,7 @@ class SftStage(StageKind[SftConfig]):
 
     name, config, produces, room = "sft", SftConfig, "model", "models"
     references = {"model": "model", "conversations": "conversations"}  # noqa: RUF012
-    rooms = (*_ROOMS, "inference", "hub")
+    rooms = (*ROOMS, "inference", "hub")
 
     def externals(self, config: SftConfig, workspace: Path) -> dict[str, str]:
         if config.data is None or "://" in config.data:
@@ -390,7 +199,7 @@ class SftStage(StageKind[SftConfig]):
         config, work = context.config, _work(context)
         learned, held_out = self._read(context, inputs)
         result = fine_tune(
-            _path(inputs["model"]),
+            inputs["model"].made,
             learned,
             context.place,
             work=work,
@@ -424,7 +233,7 @@ class SftStage(StageKind[SftConfig]):
         if context.config.data is not None:
             path, most = SftStage._data(context), context.config.max_bad
             return read_conversations(path, max_bad=most, progress=context.progress), []
-        folder = _path(inputs["conversations"])
+        folder = inputs["conversations"].made
         held_out = read_conversations(folder / VALIDATION, progress=context.progress)
         return read_conversations(folder / TRAIN, progress=context.progress), held_out
 
@@ -476,7 +285,7 @@ class ExportStage(StageKind[ExportConfig]):
 
         path = context.place.with_suffix(".gguf")
         path.unlink(missing_ok=True)
-        made = export_gguf(_path(inputs["model"]), path, context.config.type, progress=context.progress)
+        made = export_gguf(inputs["model"].made, path, context.config.type, progress=context.progress)
         return Outcome(path, {"gguf": str(path), "type": made.kind, "bytes": made.bytes})
 
 
@@ -500,7 +309,7 @@ class CompareStage(StageKind[CompareConfig]):
 
     name, config, produces = "compare", CompareConfig, "report"
     references = {"model": "model", "shards": "shards", "text": "text", "chat": "model"}  # noqa: RUF012
-    rooms = (*_ROOMS, "inference")
+    rooms = (*ROOMS, "inference")
 
     def run(self, context: Context[CompareConfig], inputs: Mapping[str, Input]) -> Outcome:
         from steelyard.corpus.shards import Shards
@@ -511,11 +320,11 @@ class CompareStage(StageKind[CompareConfig]):
         from steelyard.train.scratch_report import Report, samples, write_html
 
         config = context.config
-        parts = [Shards.open(_path(inputs["shards"]) / name) for name in ("train", "validation")]
-        held_out = list(_documents(_path(inputs["text"]), VALIDATION))
-        texts = (joined(_documents(_path(inputs["text"]), TRAIN)), joined(held_out))
+        parts = [Shards.open(inputs["shards"].made / name) for name in ("train", "validation")]
+        held_out = list(read_documents(inputs["text"].made, VALIDATION))
+        texts = (joined(read_documents(inputs["text"].made, TRAIN)), joined(held_out))
         measures = compare(
-            load_llama(_path(inputs["model"])),
+            load_llama(inputs["model"].made),
             parts[0],
             parts[1],
             texts,
@@ -527,9 +336,7 @@ class CompareStage(StageKind[CompareConfig]):
         record = inputs["model"].summary.get("record")
         curve = read_metrics(Path(record).parent) if record is not None else []
         chat = inputs.get("chat")
-        shown = samples(
-            _path(inputs["model"]), None if chat is None else _path(chat), held_out, progress=context.progress
-        )
+        shown = samples(inputs["model"].made, None if chat is None else chat.made, held_out, progress=context.progress)
         report = Report(context.recipe, as_json(measures), inputs["text"].summary, inputs["shards"].summary,
                         inputs["model"].summary, None if chat is None else chat.summary, curve, shown)  # fmt: skip
         context.place.mkdir(parents=True)
@@ -547,12 +354,6 @@ class CompareStage(StageKind[CompareConfig]):
         )
 
 
-def _path(given: Input) -> Path:
-    assert given.path is not None, f"stage {given.stage} made no file"
-    return given.path
-
-
 TRAIN_KINDS: tuple[StageKind[Any], ...] = (
-    TextStage(), TokenizerStage(), ShardsStage(), PretrainStage(), ConversationsStage(), SftStage(), ExportStage(),
-    CompareStage(),
+    PretrainStage(), ConversationsStage(), SftStage(), ExportStage(), CompareStage(),
 )  # fmt: skip
