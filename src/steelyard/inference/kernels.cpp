@@ -17,7 +17,7 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -65,6 +65,89 @@ struct Ahead {
 };
 
 // ROWS rows of x (row_step apart) times two vectors of lanes, over `count` elements (even), added to `sums`.
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+// Registers are 16 of 8 floats here, so a tile is made in blocks whose sums take 12 of them.
+constexpr int MOST_SUMS = 12;
+
+// Of a pair of elements the first (E = 0) or the second, of lanes 8 * half ...
+template <int E>
+inline __m256 element(const float* at, long width, int half) {
+    return _mm256_loadu_ps(at + E * width + 8 * half);
+}
+template <int E>
+inline __m256 widened(__m256i pairs) {
+    return (__m256)(E ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000u))) : _mm256_slli_epi32(pairs, 16));
+}
+template <int E>
+inline __m256 element(const bf16* at, long, int half) {
+    return widened<E>(_mm256_loadu_si256((const __m256i*)(at + 16 * half)));
+}
+// Element E of a row's pair, in all lanes.
+template <int E>
+inline __m256 input(const float* x) {
+    return _mm256_broadcast_ss(x + E);
+}
+template <int E>
+inline __m256 input(const bf16* x) {
+    int32_t pair;
+    std::memcpy(&pair, x, 4);
+    return widened<E>(_mm256_set1_epi32(pair));
+}
+
+// ROWS rows of element E times VECTORS vectors of lanes.
+template <int E, class T, int ROWS, int VECTORS>
+inline void add(const T* x, long row_step, const T* const (&at)[VECTORS], long width,
+                __m256 (&sums)[ROWS][VECTORS][2]) {
+    __m256 weights[VECTORS][2];
+    for (int v = 0; v < VECTORS; ++v)
+        for (int half = 0; half < 2; ++half) weights[v][half] = element<E>(at[v], width, half);
+    for (int r = 0; r < ROWS; ++r) {
+        const __m256 by = input<E>(x + r * row_step);
+        for (int v = 0; v < VECTORS; ++v)
+            for (int half = 0; half < 2; ++half)
+                sums[r][v][half] = _mm256_fmadd_ps(by, weights[v][half], sums[r][v][half]);
+    }
+}
+
+template <class T, int ROWS, int VECTORS>
+inline void block(const T* x, long row_step, const T* const (&from)[VECTORS], long width, long count, Ahead<T> ahead,
+                  floats* const (&to)[VECTORS]) {
+    __m256 sums[ROWS][VECTORS][2];
+    const auto place = [&](int r, int v, int half) { return (float*)(to[v] + 2 * r) + 8 * half; };
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v)
+            for (int half = 0; half < 2; ++half) sums[r][v][half] = _mm256_loadu_ps(place(r, v, half));
+    for (long i = 0; i < count; i += 2) {
+        if (ahead.one) __builtin_prefetch(ahead.one + i * LANES, 0, 2);
+        if (ahead.two) __builtin_prefetch(ahead.two + i * LANES, 0, 2);
+        const T *rows = x + i, *at[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) at[v] = from[v] + i * width;
+        add<0>(rows, row_step, at, width, sums);
+        asm("" : "+r"(rows));  // so that pairs are read again: kept, they would push sums out of the registers
+        for (int v = 0; v < VECTORS; ++v) asm("" : "+r"(at[v]));
+        add<1>(rows, row_step, at, width, sums);
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v)
+            for (int half = 0; half < 2; ++half) _mm256_storeu_ps(place(r, v, half), sums[r][v][half]);
+}
+
+template <class T, int ROWS, int LEFT = ROWS>
+inline void tile(const T* x, long row_step, const T* left, const T* right, long width, long count, Ahead<T> ahead,
+                 floats (&sums)[ROWS][2]) {
+    floats* const to = sums[ROWS - LEFT];
+    x += (ROWS - LEFT) * row_step;
+    if constexpr (LEFT * 4 <= MOST_SUMS) {
+        block<T, LEFT, 2>(x, row_step, {left, right}, width, count, ahead, {to, to + 1});
+    } else {
+        constexpr int HERE = (LEFT + MOST_SUMS / 2 - 1) / (MOST_SUMS / 2);  // blocks, of like sizes
+        constexpr int COUNT = (LEFT + HERE - 1) / HERE;
+        block<T, COUNT, 1>(x, row_step, {left}, width, count, {ahead.one, nullptr}, {to});
+        block<T, COUNT, 1>(x, row_step, {right}, width, count, {nullptr, ahead.two}, {to + 1});
+        if constexpr (LEFT > COUNT) tile<T, ROWS, LEFT - COUNT>(x - (ROWS - LEFT) * row_step, row_step, left, right, width, count, {}, sums);
+    }
+}
+#else
 template <class T, int ROWS>
 inline void tile(const T* x, long row_step, const T* left, const T* right, long width, long count, Ahead<T> ahead,
                  floats (&sums)[ROWS][2]) {
@@ -78,6 +161,7 @@ inline void tile(const T* x, long row_step, const T* left, const T* right, long 
         }
     }
 }
+#endif
 
 // Calls `body` with the number of rows as a constant.
 template <int ROWS, class Body>
