@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -39,7 +39,7 @@ Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens of a micro-batch: what memory must hold at once.")]
 Micro = Annotated[int, typer.Option(min=1, help="Micro-batches of an update.")]
-Dtype = Annotated[str, typer.Option(help="What is computed in: bfloat16 or float32; weights are kept in float32.")]
+Dtype = Annotated[str, typer.Option(help="What is computed in: bfloat16, float32, or auto, whichever is faster here.")]
 Rank = Annotated[int, typer.Option(min=0, help="Rank of LoRA adapters; 0 tunes the weights themselves.")]
 Alpha = Annotated[float, typer.Option(help="Scale of LoRA adapters (alpha / rank).")]
 Targets = Annotated[str, typer.Option(help="Projections that get an adapter, of q,k,v,o,gate,up,down.")]
@@ -58,7 +58,6 @@ Weights = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens; longer ones are not learned from.")]
 ALL = "q,k,v,o,gate,up,down"
-Number = Literal["bfloat16", "float32"]
 # What to change where nothing was kept, by what the reason says.
 _REMEDIES = {
     "cut off": "raise --max-tokens",
@@ -86,7 +85,7 @@ def pretrain(
     rows: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch.")] = 4,
     micro_batches: Micro = 1,
     best_fit: Annotated[bool, typer.Option("--best-fit", help="Whole documents instead of rows across them.")] = False,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     checkpoint_every: Every = 500,
     seed: Seed = 0,
     as_json: AsJSON = False,
@@ -132,7 +131,7 @@ def sft(
     warmup: Warmup = 0,
     tokens: Tokens = 2048,
     micro_batches: Micro = 4,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     lora_rank: Rank = 0,
     lora_alpha: Alpha = 32.0,
     lora_targets: Targets = ALL,
@@ -179,7 +178,7 @@ def dpo(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of an update.")] = 32,
     micro_batches: Micro = 4,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer; the rest is cut.")] = 1024,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     lora_rank: Rank = 0,
     lora_alpha: Alpha = 32.0,
     lora_targets: Targets = ALL,
@@ -332,7 +331,7 @@ def distil(
 def _options(
     steps: int | None, epochs: float | None, rate: float, warmup: int, dtype: str, every: int, seed: int, **rest: Any
 ) -> TrainOptions:
-    from steelyard.train.options import TrainOptions
+    from steelyard.train.options import Number, TrainOptions
 
     if steps is not None and epochs is not None:
         raise UsageError("give --steps or --epochs, not both")

@@ -40,7 +40,7 @@ class Training(Settings):
     eps: float = Field(default=1e-5, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, ge=0)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     checkpoint_every: int = Field(default=500, ge=0)
     evaluate_every: int = Field(default=0, ge=0)
     keep_best: bool = False

@@ -36,7 +36,7 @@ from steelyard.train.loop import TrainOptions, train
 from steelyard.train.losses import LossSum, tensors_digest
 from steelyard.train.pairs import Pair, PairBatch, PairLoader, ShownPairs, assemble_pairs, pairs_digest, render_pairs
 from steelyard.train.sft import Tuned, check_outputs
-from steelyard.train.speed import step_operations
+from steelyard.train.speed import compute_dtype, step_operations
 from steelyard.train.tuning import FULL, Tuning, export_tuned, first_rank, open_for_tuning
 
 
@@ -256,7 +256,7 @@ def prefer(
             f"never learn to stop. Check the chat template; against cuts: {more}"
         )
     every = [*pairs, *held_out]
-    dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
+    dtype = compute_dtype(options.dtype)
     reference = cached_reference(model_folder, every, work, dtype, progress)
 
     def load(members: range, *, endless: bool) -> PairLoader:

@@ -41,7 +41,7 @@ from steelyard.train.preflight import (
 )
 from steelyard.train.report import write_report
 from steelyard.train.schedule import learning_rate
-from steelyard.train.speed import compile_blocks, matrix_rate, reuse_memory, step_operations
+from steelyard.train.speed import compile_blocks, compute_dtype, matrix_rate, reuse_memory, step_operations
 from steelyard.train.weights import LocalWeights, ShardedWeights, Weights, named_masters
 
 __all__ = ["ChatCheck", "Interrupted", "TrainOptions", "TrainResult", "train"]
@@ -110,9 +110,10 @@ class _Run(Generic[B]):
         steps: int,
         say: Callable[[str], None],
     ) -> None:
+        dtype = compute_dtype(options.dtype, group.device)
+        options = dataclasses.replace(options, dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
         self.loader, self.objective, self.options, self.validation = loader, objective, options, validation
         self.folder, self.group, self.steps, self.say = folder, group, steps, say
-        dtype = getattr(torch, options.dtype)
         reuse_memory()
         floor = options.learning_rate / 10 if options.min_lr is None else options.min_lr
         self.rate = learning_rate(options.schedule, options.learning_rate, floor, options.warmup, steps, options.decay)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from steelyard.base.errors import UsageError
+
+Number = Literal["auto", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class TrainOptions:
     eps: float = 1e-5
     weight_decay: float = 0.1
     clip: float = 1.0  # global gradient norm; 0 does not clip
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; masters are float32
+    dtype: Number = "auto"  # of computation, see `speed.compute_dtype`; masters are float32
     checkpoint_every: int = 500  # steps; 0: only at the end
     keep_last: int = 2
     keep_best: bool = False  # by validation loss; the result's weights are then the best ones
@@ -40,7 +42,7 @@ class TrainOptions:
             raise UsageError("exactly one of steps and epochs must be given")
         if (self.steps or 0) < 0 or self.steps == 0 or (self.epochs is not None and not 0 < self.epochs < math.inf):
             raise UsageError(f"steps {self.steps}, epochs {self.epochs}: must be positive")
-        if self.dtype not in ("bfloat16", "float32") or self.compile not in ("auto", "on", "off"):
+        if self.dtype not in get_args(Number) or self.compile not in ("auto", "on", "off"):
             raise UsageError(f"dtype {self.dtype!r} or compile {self.compile!r}: not one of those known")
         if self.schedule not in ("cosine", "wsd"):
             raise UsageError(f"schedule {self.schedule!r}: must be cosine or wsd")

@@ -43,6 +43,7 @@ from steelyard.train.distill import KEPT, DistilledRow, context_distil
 from steelyard.train.loop import TrainOptions, TrainResult, train
 from steelyard.train.safety_prompts import WrittenPrompt, preprompts, written_prompts
 from steelyard.train.sft import Shown
+from steelyard.train.speed import compute_dtype
 from steelyard.train.tuning import Tuning, export_tuned, open_for_tuning
 from steelyard.train.upper import UpperLayers
 
@@ -431,7 +432,7 @@ def _tune(
         seed=options.seed,
     )
     model = open_for_tuning(model_folder, Tuning(first_layer=options.first_layer, seed=options.seed))
-    teacher = load_llama(model_folder, dtype=torch.bfloat16)  # as the tuned one computes
+    teacher = load_llama(model_folder, dtype=compute_dtype("auto"))  # as the tuned one computes
     steps = max(1, round(options.epochs * loader.steps_per_epoch))
     result = train(
         model,

@@ -14,6 +14,18 @@ from torch import nn
 from steelyard.base.errors import UsageError
 from steelyard.inference.kernels import compiler
 from steelyard.model.llama import Block, Llama
+from steelyard.train.options import Number
+
+
+def compute_dtype(name: Number, device: torch.device | None = None) -> torch.dtype:
+    """What to compute in. `auto`: bfloat16 where the hardware multiplies it (a GPU; a processor with AVX512-BF16 or
+    AMX), else float32, which is then about seven times as fast. `device` None: the GPU where there is one."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return torch.bfloat16
+    found = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(found.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -15,6 +14,8 @@ from steelyard.model.headers import read_json_object
 from steelyard.model.identity import is_model_file
 from steelyard.model.llama import Llama, load_llama
 from steelyard.train.lora import TARGETS, adapters, add_lora, save_adapter
+from steelyard.train.options import Number
+from steelyard.train.speed import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Tuning:
 FULL = Tuning()
 
 
-def open_for_tuning(folder: Path, tuning: Tuning, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> Llama:
+def open_for_tuning(folder: Path, tuning: Tuning, dtype: Number = "auto") -> Llama:
     """The model of `folder` with requires_grad as `tuning` says. What learns is float32; what is frozen is held in
     the `dtype` of computation, since it needs no better one.
 
     Raises UsageError for layers that the model does not have, and what `load_llama` and `add_lora` raise.
     """
-    compute = torch.float32 if dtype == "float32" else torch.bfloat16
+    compute = compute_dtype(dtype)
     model = load_llama(folder, dtype=compute if tuning.lora_rank else torch.float32)
     layers = model.config.num_hidden_layers
     if not 0 <= tuning.first_layer < layers:
