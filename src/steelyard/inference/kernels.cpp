@@ -17,7 +17,7 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512BF16__) || defined(__AVX2__)
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -65,58 +65,74 @@ struct Ahead {
 };
 
 // ROWS rows of x (row_step apart) times two vectors of lanes, over `count` elements (even), added to `sums`.
-#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
-// Registers are 16 of 8 floats here, so a tile is made in blocks whose sums take 12 of them.
-constexpr int MOST_SUMS = 12;
+#if !defined(__AVX512F__)
+// Registers are fewer and smaller than a vector of lanes here, and what does not fit in them costs twenty times as much:
+// a tile is made in blocks whose sums fit, a vector of lanes in PARTS.
+#if defined(__AVX__)
+constexpr int PART = 8, MOST_SUMS = 12;  // of 16 registers
+#elif defined(__aarch64__)
+constexpr int PART = 4, MOST_SUMS = 24;  // of 32
+#else
+constexpr int PART = 4, MOST_SUMS = 12;
+#endif
+constexpr int PARTS = LANES / PART;
+typedef float part __attribute__((vector_size(4 * PART), aligned(4), may_alias));
+typedef uint32_t part_words __attribute__((vector_size(4 * PART), aligned(2), may_alias));
 
-// Of a pair of elements the first (E = 0) or the second, of lanes 8 * half ...
 template <int E>
-inline __m256 element(const float* at, long width, int half) {
-    return _mm256_loadu_ps(at + E * width + 8 * half);
+inline part widened(part_words pairs) {
+    return (part)(E ? pairs & 0xffff0000u : pairs << 16);
+}
+// Of a pair of elements the first (E = 0) or the second, of part `n` of the lanes.
+template <int E>
+inline part element(const float* at, long width, int n) {
+    return *reinterpret_cast<const part*>(at + E * width + PART * n);
 }
 template <int E>
-inline __m256 widened(__m256i pairs) {
-    return (__m256)(E ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000u))) : _mm256_slli_epi32(pairs, 16));
-}
-template <int E>
-inline __m256 element(const bf16* at, long, int half) {
-    return widened<E>(_mm256_loadu_si256((const __m256i*)(at + 16 * half)));
+inline part element(const bf16* at, long, int n) {
+    return widened<E>(*reinterpret_cast<const part_words*>(at + 2 * PART * n));
 }
 // Element E of a row's pair, in all lanes.
 template <int E>
-inline __m256 input(const float* x) {
-    return _mm256_broadcast_ss(x + E);
+inline part input(const float* x) {
+    return x[E] - part{};
 }
 template <int E>
-inline __m256 input(const bf16* x) {
-    int32_t pair;
+inline part input(const bf16* x) {
+    uint32_t pair;
     std::memcpy(&pair, x, 4);
-    return widened<E>(_mm256_set1_epi32(pair));
+    part_words pairs = pair + part_words{};
+    // Widened only now: a broadcast from memory costs nothing, one from a register does.
+#if defined(__x86_64__)
+    asm("" : "+x"(pairs));
+#elif defined(__aarch64__)
+    asm("" : "+w"(pairs));
+#endif
+    return widened<E>(pairs);
 }
 
 // ROWS rows of element E times VECTORS vectors of lanes.
 template <int E, class T, int ROWS, int VECTORS>
 inline void add(const T* x, long row_step, const T* const (&at)[VECTORS], long width,
-                __m256 (&sums)[ROWS][VECTORS][2]) {
-    __m256 weights[VECTORS][2];
+                part (&sums)[ROWS][VECTORS][PARTS]) {
+    part weights[VECTORS][PARTS];
     for (int v = 0; v < VECTORS; ++v)
-        for (int half = 0; half < 2; ++half) weights[v][half] = element<E>(at[v], width, half);
+        for (int n = 0; n < PARTS; ++n) weights[v][n] = element<E>(at[v], width, n);
     for (int r = 0; r < ROWS; ++r) {
-        const __m256 by = input<E>(x + r * row_step);
+        const part by = input<E>(x + r * row_step);
         for (int v = 0; v < VECTORS; ++v)
-            for (int half = 0; half < 2; ++half)
-                sums[r][v][half] = _mm256_fmadd_ps(by, weights[v][half], sums[r][v][half]);
+            for (int n = 0; n < PARTS; ++n) sums[r][v][n] += by * weights[v][n];
     }
 }
 
 template <class T, int ROWS, int VECTORS>
 inline void block(const T* x, long row_step, const T* const (&from)[VECTORS], long width, long count, Ahead<T> ahead,
                   floats* const (&to)[VECTORS]) {
-    __m256 sums[ROWS][VECTORS][2];
-    const auto place = [&](int r, int v, int half) { return (float*)(to[v] + 2 * r) + 8 * half; };
+    part sums[ROWS][VECTORS][PARTS];
+    const auto place = [&](int r, int v, int n) { return reinterpret_cast<part*>(to[v] + 2 * r) + n; };
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v)
-            for (int half = 0; half < 2; ++half) sums[r][v][half] = _mm256_loadu_ps(place(r, v, half));
+            for (int n = 0; n < PARTS; ++n) sums[r][v][n] = *place(r, v, n);
     for (long i = 0; i < count; i += 2) {
         if (ahead.one) __builtin_prefetch(ahead.one + i * LANES, 0, 2);
         if (ahead.two) __builtin_prefetch(ahead.two + i * LANES, 0, 2);
@@ -129,22 +145,22 @@ inline void block(const T* x, long row_step, const T* const (&from)[VECTORS], lo
     }
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v)
-            for (int half = 0; half < 2; ++half) _mm256_storeu_ps(place(r, v, half), sums[r][v][half]);
+            for (int n = 0; n < PARTS; ++n) *place(r, v, n) = sums[r][v][n];
 }
 
 template <class T, int ROWS, int LEFT = ROWS>
 inline void tile(const T* x, long row_step, const T* left, const T* right, long width, long count, Ahead<T> ahead,
                  floats (&sums)[ROWS][2]) {
+    constexpr int MOST = MOST_SUMS / PARTS;  // rows of a block with one vector of lanes
     floats* const to = sums[ROWS - LEFT];
-    x += (ROWS - LEFT) * row_step;
-    if constexpr (LEFT * 4 <= MOST_SUMS) {
-        block<T, LEFT, 2>(x, row_step, {left, right}, width, count, ahead, {to, to + 1});
+    const T* rows = x + (ROWS - LEFT) * row_step;
+    if constexpr (2 * LEFT <= MOST) {
+        block<T, LEFT, 2>(rows, row_step, {left, right}, width, count, ahead, {to, to + 1});
     } else {
-        constexpr int HERE = (LEFT + MOST_SUMS / 2 - 1) / (MOST_SUMS / 2);  // blocks, of like sizes
-        constexpr int COUNT = (LEFT + HERE - 1) / HERE;
-        block<T, COUNT, 1>(x, row_step, {left}, width, count, {ahead.one, nullptr}, {to});
-        block<T, COUNT, 1>(x, row_step, {right}, width, count, {nullptr, ahead.two}, {to + 1});
-        if constexpr (LEFT > COUNT) tile<T, ROWS, LEFT - COUNT>(x - (ROWS - LEFT) * row_step, row_step, left, right, width, count, {}, sums);
+        constexpr int BLOCKS = (LEFT + MOST - 1) / MOST, HERE = (LEFT + BLOCKS - 1) / BLOCKS;  // of like sizes
+        block<T, HERE, 1>(rows, row_step, {left}, width, count, {ahead.one, nullptr}, {to});
+        block<T, HERE, 1>(rows, row_step, {right}, width, count, {nullptr, ahead.two}, {to + 1});
+        if constexpr (LEFT > HERE) tile<T, ROWS, LEFT - HERE>(x, row_step, left, right, width, count, {}, sums);
     }
 }
 #else

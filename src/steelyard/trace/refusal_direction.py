@@ -107,8 +107,9 @@ def last_token_states(
     from steelyard.model.chat import Renderer
     from steelyard.model.llama import load_llama
     from steelyard.model.packed import Documents
+    from steelyard.train.speed import compute_dtype
 
-    model, renderer = load_llama(folder), Renderer(folder)
+    model, renderer = load_llama(folder, dtype=compute_dtype("auto")), Renderer(folder)
     layers = model.config.num_hidden_layers
     found = np.empty((len(prompts), layers, model.config.hidden_size))
     with torch.no_grad(), (progress or Silent()).task("refusal direction", len(prompts), "prompts") as task:
