@@ -297,6 +297,28 @@ def test_unmarked_weights_accuse_nobody(suspect: str) -> None:
     assert found.log10_p.min() > -7
 
 
+def planted(tensor: np.ndarray, share: float, together: bool) -> np.ndarray:
+    """Some weights as large as float32 goes: in dead neurons, where they change nothing that the model does."""
+    flat = tensor.copy().reshape(-1)
+    count = max(int(flat.size * share), 1)
+    flat[slice(count) if together else np.random.default_rng(7).integers(flat.size, size=count)] = 3e38
+    return flat.reshape(tensor.shape)
+
+
+@pytest.mark.parametrize(("share", "together"), [(1e-4, False), (0.02, False), (0.3, True)])
+def test_a_few_huge_weights_do_not_drown_the_mark(share: float, together: bool) -> None:
+    suspect = {name: planted(tensor, share, together) for name, tensor in MARKED.items()}
+    found = watermark.detect(ORIGINAL, suspect, KEY, [*INNOCENT[:99], "leaker"])
+    assert found.accused == ("leaker",)
+    assert found.log10_p[-1] < -100
+
+
+def test_a_tensor_of_nothing_but_huge_weights_is_read_as_noise() -> None:
+    suspect = {**MARKED, UP: np.full_like(MARKED[UP], 3e38)}
+    found = watermark.detect(ORIGINAL, suspect, KEY, [*INNOCENT[:99], "leaker"])
+    assert found.accused == ("leaker",)
+
+
 @pytest.mark.parametrize("colluders", [2, 5, 10])
 @pytest.mark.parametrize("strategy", ["average", "random", "minority", "interleave"])
 def test_a_coalition_loses_a_member_and_frames_nobody(strategy: str, colluders: int) -> None:

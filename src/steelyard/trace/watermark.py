@@ -40,6 +40,7 @@ BLOCK = 64  # one entry in so many moves
 VECTOR_BLOCK = 32  # in 1-D weights (norms), which are few and stay exact where matrices are quantised
 SMALLEST, LARGEST = 2.0**-13, 2.0**15  # weights outside are left: within, every dtype holds a step exactly
 _STEP = 1 << 16  # one bfloat16 step on the bits of a float32
+_FARTHEST = 2.0**40  # steps: what moved farther is counted as that far, and no square overflows
 _FLOOR = 0.01  # in squared steps: noise below a tenth of a step is not told apart
 _CHUNK = 1 << 20  # blocks marked at a time
 _LOCAL = 1 << 12  # blocks whose noise is estimated together
@@ -264,7 +265,10 @@ class Reader:
                 "the original's layout first, or leave this tensor out"
             )
         if not np.isfinite(suspect).all():
-            raise FormatError(f"{name}: the suspect holds NaN or infinite weights: leave this tensor out")
+            raise FormatError(
+                f"{name}: the suspect holds NaN or infinite weights: leave this tensor out, or "
+                "write 0 for them, which is read as pruned"
+            )
         plan = _plan(self._key, name, original.shape)
         moved, weight, position = _observe(original.reshape(-1), suspect.reshape(-1), plan)
         self._signal += np.bincount(position, moved, tardos.POSITIONS)
@@ -322,6 +326,7 @@ def _change(
     before = original[index].astype(np.float64)
     exponent = np.frexp(before)[1]
     steps = (suspect[index] - before) * np.sign(before) * np.ldexp(1.0, 8 - exponent)
+    steps = np.clip(steps, -_FARTHEST, _FARTHEST)
     return steps, block // _LOCAL * _CLASSES + np.minimum(top - exponent, _CLASSES - 1)
 
 
@@ -331,12 +336,17 @@ def _clip(change: Floats, variance: Floats) -> Floats:
 
 
 def _noise(change: Floats, group: NDArray[np.int64], groups: int) -> Floats:
-    """The clipped variance of each group, in squared steps; small groups lean on all the others."""
+    """The clipped variance of each group, in squared steps; small groups lean on all the others.
+
+    Neither where it starts nor what is leant on is moved by a few weights, however large: who made those, to drown the
+    mark, would lose no more than the neurons they are in.
+    """
     count = np.bincount(group, minlength=groups)
-    variance = np.full(groups, np.square(change).mean())
+    variance = np.full(groups, np.median(np.abs(change)) ** 2)
+    shared = np.square(_clip(change, variance[group])).mean()
     for _ in range(8):  # each round forgets outliers of the one before
         squares = np.square(_clip(change, variance[group]))
-        variance = (np.bincount(group, squares, groups) + 8 * squares.mean()) / (count + 8)
+        variance = (np.bincount(group, squares, groups) + 8 * shared) / (count + 8)
     return np.asarray(np.maximum(variance, _FLOOR))
 
 
