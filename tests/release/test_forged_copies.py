@@ -180,7 +180,10 @@ CASES: dict[str, Case] = {
     "a releaser's stolen key": (lambda c: two_releasers(c, "eve"), r"copy\.dsse\.json: .*laptop stolen"),
     "the stolen key of who released it": (lambda c: two_releasers(c, "dora"), r"summary\.dsse\.json: .*laptop stolen"),
     "a throwaway key": (refused_kinds, "throwaway"),
-    "another list": (lambda c: c.remake(statement=subject(LIST)), "its subject steelyard/copy.json is not"),
+    "another list": (
+        lambda c: c.remake(statement=subject(LIST)),
+        "copy.json: was changed: it is not what steelyard/copy.dsse.json signs",
+    ),
     "other weights": (lambda c: c.remake(statement=subject("weights")), "its subject weights is not"),
     "another subject": (lambda c: c.remake(statement=subject("subject")), "its subject subject is not"),
     "from tomorrow": (lambda c: c.remake(statement=predicate(signed=at(1))), "later than now"),

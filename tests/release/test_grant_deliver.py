@@ -500,6 +500,9 @@ def test_a_sealed_file_of_a_stranger(tmp_path: Path, data: bytes) -> None:
 # -- the public's copy -----------------------------------------------------------------------------------------------
 
 
+END = "2199-01-01T00:00:00Z"
+
+
 def test_the_publics_copy(desk: Desk) -> None:
     """It is a grant too, but released only as what it is: a subject of its own, tested."""
     grant = desk.granted(desk.sealed(public=True))
@@ -534,11 +537,11 @@ def test_one_recipients_copy_is_not_published(desk: Desk, tmp_path: Path) -> Non
     with desk.chain.ledger() as ledger:
         for public in (True, False):
             grant = f"g-{int(public):016x}"
-            ledger.append("grant.issued", {"grant": grant, "weights": "3" * 64, "public": public})
+            ledger.append("grant.issued", {"grant": grant, "weights": "3" * 64, "public": public, "expires": END})
             ledger.append("grant.marked", {"grant": grant, "marked": str(int(public)) * 64})
-        _refuse_granted(Release("tiny", "2" * 64, "1" * 64, (), ()), ledger)
+        _refuse_granted(Release("tiny", "2" * 64, "1" * 64, (), ()), ledger, datetime.now(UTC))
         with pytest.raises(SteelyardError, match="carry the mark of grant g-0000000000000000"):
-            _refuse_granted(Release("tiny", "2" * 64, "0" * 64, (), ()), ledger)
+            _refuse_granted(Release("tiny", "2" * 64, "0" * 64, (), ()), ledger, datetime.now(UTC))
 
 
 @pytest.mark.parametrize(("tier", "says"), [("quick", "needs one of tier release"), ("release", None)])
@@ -552,7 +555,7 @@ def test_the_publics_copy_goes_out_on_a_full_battery(tmp_path: Path, tier: str, 
     bundle, to = chain.bundle(), tmp_path / "site"
     with chain.ledger() as ledger:
         weights, grant = chain.verify(bundle).weights, "g-" + "0" * 16
-        ledger.append("grant.issued", {"grant": grant, "weights": "3" * 64, "public": True})
+        ledger.append("grant.issued", {"grant": grant, "weights": "3" * 64, "public": True, "expires": END})
         ledger.append("grant.marked", {"grant": grant, "marked": weights})
         if says is None:
             publish(bundle, str(to), check=chain.verify, ledger=ledger)

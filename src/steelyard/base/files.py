@@ -66,7 +66,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, mode: int = 0o755) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
 
     Raises SteelyardError where `path` exists already: a finished folder is never overwritten.
@@ -75,7 +75,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise SteelyardError(f"{path} exists already: remove it or choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    temporary.chmod(0o755)
+    temporary.chmod(mode)
     try:
         yield temporary
         for file in temporary.rglob("*"):

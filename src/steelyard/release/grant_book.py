@@ -5,9 +5,10 @@
 
     grants/keys/                            see grant_keys
     grants/requests/R/request.sealed        who asks, for what: sealed, erased by `forget`
+    grants/requests/R/receipt.dsse.json     the recipient's receipt, which his key's id is in: erased with it
     grants/requests/R/review-1.dsse.json    the reviews
     grants/issued/G/commitment.json         the code's commitment, with its countersignature or time-stamp, the reviews
-                                            that were counted, the recipient's receipt, a revocation
+                                            that were counted, a revocation
 
 No event holds a name, an address or a text of a request.
 """
@@ -110,19 +111,20 @@ class Book:
         return self.folder / "issued" / _id(grant, "g")
 
     @contextmanager
-    def locked(self, now: datetime) -> Iterator[None]:
+    def locked(self, now: datetime | None) -> Iterator[datetime]:
         """One at a time: whoever enters, reviews, issues, delivers or forgets waits for the one before, and erases
-        whose time is over. Raises SteelyardError where `now` is before what the ledger holds: a grant that expired
-        would be in force again."""
+        whose time is over. Gives the time: `now`, or (None) that at which the waiting was over. Raises SteelyardError
+        where it is before what the ledger holds: a grant that expired would be in force again."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with locked(self.folder / "lock"):
+            now = now or datetime.now(UTC)
             head = self.ledger.head()
             if head is not None and now < parse_time(head.time, "ledger") - CLOCKS_APART:
                 text = f"the ledger's last event is of {head.time}, the clock says {now:%Y-%m-%dT%H:%M:%SZ}"
                 raise SteelyardError(f"{text}: it was set back: set it right")
             self.sweep()
             self.erased = self.erase_due(now)
-            yield
+            yield now
 
     # -- requests ----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -30,7 +30,7 @@ from steelyard.base.progress import Progress, Silent
 from steelyard.model.identity import is_model_file, subject_of
 from steelyard.release.attest import parse_test_result, read_envelope, sign
 from steelyard.release.grant_book import Book, Grant, refuse_released
-from steelyard.release.grant_checks import check_countersigned, raise_for
+from steelyard.release.grant_checks import check_countersigned, check_reviews, raise_for, review_subjects
 from steelyard.release.grant_copy import (
     COMMITMENT,
     COUNTERSIGNATURE,
@@ -50,7 +50,7 @@ from steelyard.release.grant_copy import (
 from steelyard.release.grant_keys import MarkKey
 from steelyard.release.grant_measured import measure_perplexity, measured_battery
 from steelyard.release.grant_request import recipient_of
-from steelyard.release.grant_statements import LOUDEST, Bound, MarkedCopy, Tested, payload
+from steelyard.release.grant_statements import LOUDEST, Bound, Commitment, MarkedCopy, Tested, payload
 from steelyard.release.grant_transport import pack
 from steelyard.release.grant_verify import WHERE, verify_copy
 from steelyard.release.grants import read_commitment, read_reviews, read_witness
@@ -107,8 +107,8 @@ def deliver(
     Raises SteelyardError where the grant is unknown, over or the public's, its code was not countersigned, the release
     is another one, does not verify or went out unmarked, a key is the wrong one, or `to` exists.
     """
-    now, progress = now or datetime.now(UTC), progress or Silent()
-    with book.locked(now), ExitStack() as stack:
+    progress = progress or Silent()
+    with book.locked(now) as now, ExitStack() as stack:
         found = _allowed(book, grant, bundle, keys.mark, trust, keys.signer.public_key.keyid, now, progress)
         if found.public:
             text = "is the public's: mark it, test it and release it (steelyard grant mark), it needs a test of its own"
@@ -119,7 +119,7 @@ def deliver(
             raise SteelyardError(f"the licence is {sha256_hex(terms)}, the recipient accepted {found.licence}")
         _check_place(to, bundle)
         book.note("delivering", grant=grant, weights=found.wanted.weights)
-        folder = stack.enter_context(new_folder(to) if public is None else _staging(book))
+        folder = stack.enter_context(new_folder(to, mode=0o700) if public is None else _staging(book))
         marked = _mark(book, found, bundle, folder, keys.mark, progress)
         copy = _attest(book, found, bundle, folder, terms, marked, keys, measure, now, progress)
         result = verify_copy(folder, trust, now=now, progress=progress)
@@ -151,11 +151,11 @@ def mark_only(
 ) -> float:
     """Write the marked model alone, a plain model folder that nothing attests: to be measured, and for the public's
     copy to be tested and released as a subject of its own. Gives the relative change. Raises as `deliver` does."""
-    now, progress = now or datetime.now(UTC), progress or Silent()
-    with book.locked(now):
+    progress = progress or Silent()
+    with book.locked(now) as now:
         found = _allowed(book, grant, bundle, mark, trust, None, now, progress)
         _check_place(to, bundle)
-        with new_folder(to) as folder:
+        with new_folder(to, mode=0o700) as folder:
             return _mark(book, found, bundle, folder, mark, progress).relative_rms
 
 
@@ -193,6 +193,7 @@ def _allowed(
     if any(seen is not None and sha256_hex(seen) not in noted for seen in (statement, time_stamp)):
         text = "its countersignature is not noted in the ledger: whoever gave it runs steelyard grant countersign again"
         raise SteelyardError(f"grant {grant}: {text}")
+    _check_reviewed(book, commitment, trust, now)
     if releaser is not None and releaser not in {key.keyid for key in trust.releasers}:
         raise SteelyardError(f"key {releaser}: is none of the releasers of your trust file")
     result = examine(bundle, trust=trust, now=now, progress=progress)
@@ -200,6 +201,15 @@ def _allowed(
     if (result.weights, result.subject, result.manifest) != (wanted.weights, wanted.subject, wanted.manifest):
         raise SteelyardError(f"{bundle}: changed while it was verified: leave it alone and try again")
     return found
+
+
+def _check_reviewed(book: Book, commitment: Commitment, trust: Trust, now: datetime) -> None:
+    """Whoever issued the grant held the reviews against a trust file of his; here against the one that is given."""
+    reviews = read_reviews(book.grant_folder(commitment.grant))
+    if sorted(map(sha256_hex, reviews.values())) != sorted(commitment.reviews):
+        raise SteelyardError(f"grant {commitment.grant}: was not made on the reviews that lie with it: restore them")
+    about = review_subjects(commitment.request, commitment.weights, commitment.subject, commitment.licence)
+    raise_for(check_reviews(reviews, about, trust, now)[1], f"grant {commitment.grant}")
 
 
 def _check_place(to: Path, bundle: Path) -> None:

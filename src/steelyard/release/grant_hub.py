@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -61,12 +61,11 @@ def import_requests(
 ) -> Imported:
     """Enter what is pending and was not taken over before. Raises as `grants.enter` does for a release that cannot be
     granted, HubError where the Hub does not answer; a request that is not whole is left out, with its reason."""
-    now = now or datetime.now(UTC)
-    with book.locked(now):  # what is to be erased is
+    with book.locked(now) as began:  # what is to be erased is
         refuse_released(book.ledger, wanted)
     known = {
-        book.open(request, private, now).source
-        for request in book.requests(now)
+        book.open(request, private, began).source
+        for request in book.requests(began)
         if request.state != "forgotten" and request.wanted.weights == wanted.weights
     }
     entered, left_out, already = list[Request](), list[tuple[str, str]](), 0

@@ -60,8 +60,8 @@ def new_grant_keys(folder: Path, passphrase: bytes, ledger: Ledger) -> str:
         raise SteelyardError(f"{folder} exists already: its keys trace what was granted, and are never replaced")
     private = Ed25519PrivateKey.generate()
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase))
-    with new_folder(folder) as made:
-        made.chmod(0o700)
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with new_folder(folder, mode=0o700) as made:
         write_atomic(made / MARK, pem, mode=0o600)
         identity = new_recipient(made / IDENTITY, passphrase)
         found = fingerprint(identity.public_key())

@@ -41,16 +41,23 @@ METHOD = (
     "no other assumption. The bound is multiplied by the number of grants."
 )
 
+UNDELIVERED = (
+    "- **never delivered**, as far as the ledger knows: the copy was marked (to be measured, or released as the "
+    "public's), and the recipient did not get it from here"
+)
+
 
 @dataclass(frozen=True)
 class NamedGrant:
     """A grant whose copy the suspect came from. `log10_p`: of the bound for one innocent, not multiplied yet; `seen`:
-    SHA-256 of what countersigned its code before the first copy, and when the ledger noted it; `papers`: the commitment
-    and its countersignatures, for whoever does not believe this ledger."""
+    SHA-256 of what countersigned its code before the first copy, and when the ledger noted it; `delivered`: when the
+    ledger noted the first delivery, None where only the desk had a copy; `papers`: the commitment and its
+    countersignatures, for whoever does not believe this ledger."""
 
     grant: Grant
     log10_p: float
     seen: tuple[tuple[str, str], ...]
+    delivered: str | None = None
     papers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
@@ -90,6 +97,7 @@ class Evidence:
                     "code": one.grant.code,
                     "countersigned": [{"sha256": sha, "noted": time} for sha, time in one.seen],
                     "issued": stamp(one.grant.issued),
+                    "delivered": one.delivered,
                 }
                 for one in self.named
             ],
@@ -115,6 +123,7 @@ class Evidence:
                 "",
                 f"- commitment to its code: {code(one.grant.commitment)}, issued {stamp(one.grant.issued)}",
                 *(f"- countersigned before the copy was made: {code(sha)}, noted {time}" for sha, time in one.seen),
+                f"- first delivered {one.delivered}" if one.delivered else UNDELIVERED,
                 "",
             ]
         if not self.named:
@@ -155,7 +164,7 @@ def name_grant(
     limit = math.log10(tardos.ACCUSE / len(grants))
     p = dict(zip(grants, map(float, detected.log10_p), strict=True))
     named = [
-        NamedGrant(grants[grant], p[grant], seen, _papers(book, grants[grant], seen))
+        NamedGrant(grants[grant], p[grant], seen, _delivered(book, grant), _papers(book, grants[grant], seen))
         for grant in detected.accused
         if p[grant] <= limit and (seen := _seen_before(book, grants[grant], mark))
     ]
@@ -214,6 +223,10 @@ def _seen_before(book: Book, grant: Grant, mark: MarkKey) -> tuple[tuple[str, st
     marked = min((event.seq for event in book.events("marked", grant=grant.id)), default=0)
     seen = [event for event in book.events("countersigned", grant=grant.id) if event.seq < marked]
     return tuple((str(event.payload["countersignature"]), event.time) for event in seen)
+
+
+def _delivered(book: Book, grant: str) -> str | None:
+    return next((event.time for event in book.events("delivered", grant=grant)), None)
 
 
 def _papers(book: Book, grant: Grant, seen: Sequence[tuple[str, str]]) -> dict[str, bytes]:

@@ -54,13 +54,13 @@ def unpack(sealed: Path, private: X25519PrivateKey, out: Path) -> Path:
     """Open a sealed copy into the new folder `out`. Raises FormatError where it was cut or changed, is for another key,
     or holds anything but a copy's files; SteelyardError where `out` exists."""
     where = str(sealed)
-    with open_regular(sealed) as file, new_folder(out) as folder:
+    with open_regular(sealed) as file, new_folder(out, mode=0o700) as folder:
         reader = SealedReader(file, private, where)
         seen: set[str] = set()
         try:
             with tarfile.open(fileobj=reader, mode="r|", bufsize=_BLOCK) as tar:
                 for member in tar:
-                    if not member.isreg() or not may_hold(member.name) or member.name in seen:
+                    if not _plain(member) or not may_hold(member.name) or member.name in seen:
                         raise FormatError(f"{where}: holds {member.name[:80]!r}: not a file that a copy holds, once")
                     seen.add(member.name)
                     _extract(tar, member, folder / member.name, where)
@@ -71,6 +71,11 @@ def unpack(sealed: Path, private: X25519PrivateKey, out: Path) -> Path:
         if STATEMENT not in seen:
             raise FormatError(f"{where}: holds no {STATEMENT}: it is no marked copy")
     return out
+
+
+def _plain(member: tarfile.TarInfo) -> bool:
+    """A file as `pack` stores one; a sparse one of a few bytes could fill the disk."""
+    return member.type == tarfile.REGTYPE and not member.issparse()
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path, where: str) -> None:
@@ -103,13 +108,12 @@ def check_receipt(book: Book, file: Path, private: X25519PrivateKey, *, now: dat
 
     Raises SteelyardError where the key is not the one that the request named, or nothing like it was delivered.
     """
-    now = now or datetime.now(UTC)
     try:
         data = read_bounded(file, ENVELOPE_LIMIT)
     except OSError as error:
         raise SteelyardError(f"{file}: {error.strerror}: give the receipt's file") from error
     _, _, unverified = parse(read_envelope(data, str(file))[0], str(file), Receipt)
-    with book.locked(now):
+    with book.locked(now) as now:
         grant = book.grant(unverified.grant, now)
         key = signer_of(book.open(book.request(grant.request, now), private, now))
         if key is None:
@@ -120,8 +124,9 @@ def check_receipt(book: Book, file: Path, private: X25519PrivateKey, *, now: dat
             raise SteelyardError(f"{file}: is for a copy that was never delivered on grant {grant.id}")
         if word.licence != grant.licence:
             raise SteelyardError(f"{file}: accepts another licence than the grant's")
-        place = book.grant_folder(grant.id) / RECEIPT
+        # With who asked, to be erased with him: it holds the id of his key.
+        place = book.request_folder(grant.request) / RECEIPT
         if not book.events("received", grant=grant.id, receipt=sha256_hex(data)):
-            write_atomic(place, data)
+            write_atomic(place, data, mode=0o600)
             book.note("received", grant=grant.id, receipt=sha256_hex(data))
     return grant.id

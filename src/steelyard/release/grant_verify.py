@@ -47,6 +47,7 @@ from steelyard.release.grant_statements import (
     Commitment,
     MarkedCopy,
     Revocation,
+    Tested,
     parse,
     parse_commitment,
 )
@@ -123,6 +124,8 @@ class _Work:
             except OSError as error:
                 name = Path(error.filename or "").name
                 self.findings.append(Finding("missing", f"{shown_name(name)}: {error.strerror}"))
+        if self.trust.withdrawal.source is not None and self.copy is not None:
+            self.findings += self._withdrawn(self.trust.withdrawal.source, self.copy.derived_from)
         for path in revoked:
             self.findings += self._revoked(path)
 
@@ -140,6 +143,9 @@ class _Work:
             elif path.is_file():
                 present[name] = path.stat().st_size
         data = self._read(LIST, LIST_LIMIT)
+        if (stranger := self._stranger(sha256_hex(data))) is not None:
+            yield stranger
+            return  # what nobody answers for is not read: it may be petabytes that take no room on the disk
         listed = {file.path: file for file in parse_list(data).files}
         for name in sorted(present.keys() - listed.keys() - {LIST, STATEMENT}):
             yield Finding("added", f"{shown_name(name)}: is not in {LIST}: remove it")
@@ -155,6 +161,18 @@ class _Work:
         self.weights = subject.weights
         self.subjects = {"weights": subject.weights, "subject": subject.digest, LIST: sha256_hex(data)}
 
+    def _stranger(self, listed: str) -> Finding | None:
+        """Why nobody whom the verifier trusts answers for this list; None where somebody does."""
+        try:
+            data = self._read(STATEMENT)
+            subjects, time, _ = parse(read_envelope(data, STATEMENT)[0], STATEMENT, MarkedCopy)
+            trusted_signer(data, STATEMENT, "releasers", self.trust, time)
+            if subjects.get(LIST) != listed:
+                return Finding("changed", f"{LIST}: was changed: it is not what {STATEMENT} signs")
+        except SteelyardError as error:
+            return Finding("copy", relative(error, self.folder))
+        return None
+
     # -- who says what it is -----------------------------------------------------------------------------------------
 
     def _statement(self) -> Iterator[Finding]:
@@ -166,7 +184,8 @@ class _Work:
         yield from check_key(STATEMENT, self.keyid, self.time, self.trust)
         if self.trust.policy is not None:
             yield from check_key_kind(self.trust.policy, self.copy.key_kind, STATEMENT)
-        for name in sorted(subjects.keys() | self.subjects.keys()):
+        hashed = self.subjects or not self.findings  # else it was said already why not
+        for name in sorted(subjects.keys() | self.subjects.keys()) if hashed else ():
             if subjects.get(name) != self.subjects.get(name):
                 yield Finding("statement", f"{STATEMENT}: its subject {name} is not that of the copy")
         if self.copy.bound.relative_change > LOUDEST:
@@ -249,6 +268,12 @@ class _Work:
             yield Finding("source", f"{SOURCE_SUMMARY}: is about another release than the one that the copy names")
         if time > self.time + CLOCKS_APART:
             yield Finding("time", f"{SOURCE_SUMMARY}: is later than the copy: a clock is wrong or was set back")
+
+    def _withdrawn(self, source: Path | str, tested: Tested) -> list[Finding]:
+        from steelyard.release.withdrawal import check_withdrawn
+
+        manifest, weights = tested.manifest, tested.weights
+        return check_withdrawn(source, self.trust, manifest=manifest, weights=weights, state=None, now=self.now)
 
     def _revoked(self, path: Path) -> Iterator[Finding]:
         try:

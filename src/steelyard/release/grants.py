@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -75,13 +75,12 @@ def enter(
     """Take up a request. `licence`: SHA-256 of the release's licence; `private`: what opens the earlier requests, for
     nobody may have two at a time for the same weights. Raises SteelyardError for such a one, for another licence than
     the release's, and for a release that cannot be granted."""
-    now = now or datetime.now(UTC)
     if not timedelta(days=1) <= retain <= MAX_RETAIN:
         raise UsageError(f"--retain: from 1 to {MAX_RETAIN.days} days")
     if sealed.person is not None and sealed.person.licence != licence:
         text = f"accepts the licence {sealed.person.licence}, but the release's is {licence}: let them read that one"
         raise SteelyardError(f"the request {text}")
-    with book.locked(now):
+    with book.locked(now) as now:
         refuse_released(book.ledger, sealed.wanted)
         for other in book.requests(now):
             current = other.state in ("requested", "granted") and other.wanted.weights == sealed.wanted.weights
@@ -122,17 +121,16 @@ def review(
 ) -> Path:
     """Add a reviewer's signed word on what he has read (`sealed`); gives its file. Raises SteelyardError for a key
     that the trust file does not have among the reviewers, a second review by the same key, one's own request."""
-    now = now or datetime.now(UTC)
     about = review_subjects(sealed.digest, sealed.wanted.weights, sealed.wanted.subject, request.licence)
-    word = Review(
-        request=request.id,
-        decision=decision,
-        days=days,
-        signed=stamp(now),
-        key_kind=card.kind,
-        version=__version__,
-    )
-    with book.locked(now):
+    with book.locked(now) as now:
+        word = Review(
+            request=request.id,
+            decision=decision,
+            days=days,
+            signed=stamp(now),
+            key_kind=card.kind,
+            version=__version__,
+        )
         if (state := book.request(request.id, now).state) != "requested":
             raise SteelyardError(f"request {request.id}: is {state}: there is nothing more to review")
         there = read_reviews(book.request_folder(request.id))
@@ -161,8 +159,7 @@ def issue(
     """Make a grant of a request that was reviewed: its id, and the commitment to its code. It ends after the fewest
     days that a reviewer gave. Raises SteelyardError where the reviews are not enough, one of them refuses, or the
     release went out unmarked meanwhile."""
-    now = now or datetime.now(UTC)
-    with book.locked(now):
+    with book.locked(now) as now:
         current = book.request(request.id, now)
         if current.state != "requested":
             raise SteelyardError(f"request {request.id}: is {current.state} already: a grant is issued once")
@@ -212,8 +209,7 @@ def countersign(
 
     Raises SteelyardError where a copy was delivered already: a code that was fixed afterwards could frame anybody.
     """
-    now = now or datetime.now(UTC)
-    with book.locked(now):
+    with book.locked(now) as now:
         found = book.live(grant, now)
         if book.events("delivering", grant=grant) or book.events("marked", grant=grant):
             raise SteelyardError(f"grant {grant}: a copy was made already: its code can be countersigned no more")
@@ -245,10 +241,9 @@ def revoke(
 ) -> Path:
     """End a grant before its time, by one reviewer or releaser; gives the signed statement, for all who hold copies
     to be checked. The ledger gets its digest, not the reason."""
-    now = now or datetime.now(UTC)
     if not reason.strip() or len(reason) > 1000:
         raise UsageError("a revocation needs a reason of 1 to 1000 characters (--reason)")
-    with book.locked(now):
+    with book.locked(now) as now:
         found = book.live(grant, now)
         word = Revocation(grant=grant, reason=reason.strip(), signed=stamp(now))
         envelope = sign(payload({COUNTERSIGNED: found.commitment}, word), signer)
@@ -268,8 +263,7 @@ def forget(book: Book, request: str | None = None, *, now: datetime | None = Non
 
     Reviews, grants and evidence stay, which name ids only. Raises SteelyardError where its grant has not ended.
     """
-    now = now or datetime.now(UTC)
-    with book.locked(now):
+    with book.locked(now) as now:
         if request is None:
             return book.erased
         found = book.request(request, now)

@@ -27,6 +27,7 @@ from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import open_regular, read_bounded
 from steelyard.base.progress import Progress, Silent
 from steelyard.base.strict import strict_json
+from steelyard.release.attest import parse_time
 from steelyard.release.evidence import FILE_LIMIT
 from steelyard.release.layout import BATTERY, MANIFEST, MANIFEST_LIMIT, SIGNING, read_manifest
 from steelyard.safety.battery import Battery
@@ -147,7 +148,7 @@ def publish(
         raise UsageError(f"--to {to}: lies in the bundle: choose a place outside of it")
     release = verified_release(bundle, check)
     _refuse_withdrawn(release, ledger)
-    _refuse_granted(release, ledger)
+    _refuse_granted(release, ledger, datetime.now(UTC))
     _refuse_half_tested(release, ledger)
     known: dict[str, Any] = {"destination": where.text, "manifest": release.manifest}
     named = {"name": release.name, "weights": release.weights}
@@ -180,17 +181,24 @@ def _refuse_withdrawn(release: Release, ledger: Ledger) -> None:
             raise SteelyardError(f"{release.name}: was withdrawn ({reason}): what is withdrawn is not published again")
 
 
-def _refuse_granted(release: Release, ledger: Ledger) -> None:
+def _refuse_granted(release: Release, ledger: Ledger, now: datetime) -> None:
     """What is granted copy by copy goes out neither without a mark, for all those marks would prove nothing any more,
-    nor with the mark of one recipient."""
+    nor with the mark of one recipient, nor the public's copy once its grant has ended."""
     for event in ledger.events("grant.issued", weights=release.weights):
         text = f"grant {event.payload.get('grant')} is for these weights, so they are not published unmarked"
         raise SteelyardError(f"{release.name}: {text}: publish the marked public copy (docs/grants.md)")
     for event in ledger.events("grant.marked", marked=release.weights):
         grant = event.payload.get("grant")
-        if not ledger.events("grant.issued", grant=grant, public=True):
+        issued = ledger.events("grant.issued", grant=grant, public=True)
+        if not issued:
             text = f"these weights carry the mark of grant {grant}, whom a leak of them would name"
             raise SteelyardError(f"{release.name}: {text}: publish the marked public copy (docs/grants.md)")
+        if ledger.events("grant.revoked", grant=grant):
+            raise SteelyardError(f"{release.name}: the public's grant {grant} was revoked: ask for another one")
+        if now >= parse_time(expires := str(issued[0].payload["expires"]), "ledger"):
+            raise SteelyardError(
+                f"{release.name}: the public's grant {grant} expired at {expires}: ask for another one"
+            )
 
 
 def _refuse_half_tested(release: Release, ledger: Ledger) -> None:
