@@ -10,11 +10,14 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from granting import person, public_pem
+from securesystemslib.signer import CryptoSigner
 from withdrawing import HOSTILE
 
 from steelyard.base.errors import FormatError, SteelyardError
 from steelyard.release.grant_request import FILE_LIMIT, Person, Sealed, Wanted, parse_sealed, read_person
 
+BOX = public_pem(X25519PrivateKey.generate())
+SIGNS = str(CryptoSigner.generate_ecdsa().public_key.keyval["public"])
 WANTED = Wanted(weights="a" * 64, subject="b" * 64, manifest="c" * 64)
 
 
@@ -46,6 +49,18 @@ def test_read(tmp_path: Path, name: str) -> None:
         ({"email": "ada"}, "email"),
         ({"email": "ada@example.org\nBcc: x"}, "email"),
         ({"email": "<script>@example.org"}, "email"),
+        ({"name": "\u200d"}, "name: must not be blank"),
+        ({"name": "\ufe0f\u00a0"}, "name: must not be blank"),
+        ({"name": "\u3164"}, "name: holds control characters"),
+        ({"organisation": "\u2800"}, "organisation: holds control characters"),
+        ({"name": "Ada\u034f\U000e0101"}, "name: holds control characters"),
+        ({"email": "ada@example.org."}, "email"),
+        ({"email": "ada@example..org"}, "email"),
+        ({"email": ".ada@example.org"}, "email"),
+        ({"email": "ada@-example.org"}, "email"),
+        ({"encrypts_to": "\u202egro\x1b[2J\n" + BOX}, "encrypts_to: must be one public key"),
+        ({"encrypts_to": BOX + BOX}, "encrypts_to: must be one public key"),
+        ({"signs_with": "Approved.\n" + SIGNS}, "signs_with: must be one public key"),
         ({"licence": "mit"}, "licence"),
         ({"licence": "A" * 64}, "licence"),
         ({"licence": None}, "licence"),
@@ -69,8 +84,6 @@ def test_missing(tmp_path: Path, key: str) -> None:
 
 
 def test_keys_of_the_wrong_kind(tmp_path: Path) -> None:
-    from securesystemslib.signer import CryptoSigner
-
     signs = str(CryptoSigner.generate_ecdsa().public_key.keyval["public"])
     with pytest.raises(SteelyardError, match=r"encrypts_to: .*must be an X25519 key"):
         read_person(written(tmp_path, person(encrypts_to=signs)))
@@ -115,6 +128,19 @@ def test_hostile_texts() -> None:
         except ValueError:
             assert not text.isprintable()
     assert '"><img src=x onerror=alert(1)>&amp;' in taken
+
+
+@pytest.mark.parametrize("field", ["encrypts_to", "signs_with"])
+def test_one_key_is_one_person(field: str) -> None:
+    """Under two addresses: each could open the other's copy, or has signed for both."""
+    key = {"encrypts_to": BOX, "signs_with": SIGNS}[field]
+    given = [person(email="a@example.org", **{field: key}), person(email="b@example.org", **{field: key.strip()})]
+    one, other = (Sealed.new(WANTED, Person.model_validate(each)) for each in given)
+    assert one.same_person(other)
+    third = Sealed.new(WANTED, Person.model_validate(person(email="c@example.org")))
+    assert not one.same_person(third)
+    fourth = Sealed.new(WANTED, Person.model_validate(person(email="d@example.org")))
+    assert not third.same_person(fourth)
 
 
 def test_the_digest_is_salted() -> None:

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import re
 import secrets
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from pydantic import Field, ValidationError, field_validator
 from securesystemslib.signer import Key, SSlibKey  # type: ignore[attr-defined]  # not re-exported
 
@@ -40,6 +41,14 @@ FILE_LIMIT = 50_000  # bytes
 MAX_PURPOSE = 4_000  # characters
 PUBLIC = "the public"
 
+# One spelling of an address: a dot stands between two others, never first, last or twice.
+_ATOM, _LABEL = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+", "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
+_ADDRESS = rf"^{_ATOM}(\.{_ATOM})*@{_LABEL}(\.{_LABEL})*$"
+# Letters that look like nothing: fillers, selectors of variants but emoji's, vowels that are not written.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\U0001d173-\U0001d17a\U000e0100-\U000e01ef]"
+)
+
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Pem = Annotated[str, Field(min_length=1, max_length=2_000)]
 
@@ -50,20 +59,25 @@ class Person(Strict):
     name: _Name
     organisation: _Name
     country: Annotated[str, Field(min_length=2, max_length=100)]
-    email: Annotated[str, Field(max_length=254, pattern=r"^[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]+$")]
+    email: Annotated[str, Field(max_length=254, pattern=_ADDRESS)]
     purpose: Annotated[str, Field(min_length=1, max_length=MAX_PURPOSE)]
     licence: Sha256
     encrypts_to: _Pem | None = None
     signs_with: _Pem | None = None
 
+    def marks(self) -> set[str]:
+        """What is one person's alone: the address, the keys."""
+        keys = (self.encrypts_to, self.signs_with)
+        return {self.email.casefold(), *(" ".join(key.split()) for key in keys if key is not None)}
+
     @field_validator("name", "organisation", "country", "purpose")
     @classmethod
     def _plain(cls, text: str) -> str:
-        if not text.strip():
+        if not any(unicodedata.category(letter)[0] in "LNPS" for letter in text):
             raise ValueError("must not be blank")
         # In the order of the letters, so that nothing hides: no control or bidirectional mark, and one line.
         for piece in re.findall(r"(?s).{1,500}", text):
-            if visible(piece) != piece or any(mark in piece for mark in "\t\n"):
+            if visible(piece) != piece or any(mark in piece for mark in "\t\n") or _BLANK.search(piece):
                 raise ValueError("holds control characters, line ends or invisible marks: write plain text on one line")
         return text
 
@@ -71,7 +85,7 @@ class Person(Strict):
     @classmethod
     def _recipient(cls, pem: str | None) -> str | None:
         try:
-            return None if pem is None else _spelled(pem, parse_recipient(pem.encode(), "encrypts_to"))
+            return None if pem is None else _spelled(pem, _pem(parse_recipient(pem.encode(), "encrypts_to")))
         except (FormatError, UnicodeEncodeError) as error:
             raise ValueError(str(error)) from error
 
@@ -79,13 +93,22 @@ class Person(Strict):
     @classmethod
     def _signer(cls, pem: str | None) -> str | None:
         try:
-            return None if pem is None else _spelled(pem, parse_signer(pem.encode(), "signs_with"))
+            return (
+                None if pem is None else _spelled(pem, str(parse_signer(pem.encode(), "signs_with").keyval["public"]))
+            )
         except (FormatError, UnicodeEncodeError) as error:
             raise ValueError(str(error)) from error
 
 
-def _spelled(pem: str, _key: object) -> str:
+def _spelled(pem: str, alone: str) -> str:
+    """A key's text, which is that key and nothing beside it: text around it is shown to the reviewers, too."""
+    if pem.split() != alone.split():
+        raise ValueError("must be one public key in PEM and nothing else")
     return pem
+
+
+def _pem(key: X25519PublicKey) -> str:
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 class Wanted(Strict):
@@ -122,10 +145,10 @@ class Sealed(Strict):
         return PUBLIC if self.person is None else f"{self.person.name}, {self.person.organisation}"
 
     def same_person(self, other: Sealed) -> bool:
-        """Whether both are by the holder of one address, or both the public's."""
+        """Whether both are by the holder of one address or one key, or both the public's."""
         if self.person is None or other.person is None:
             return self.person is other.person
-        return self.person.email.casefold() == other.person.email.casefold()
+        return not self.person.marks().isdisjoint(other.person.marks())
 
 
 def read_person(path: Path) -> Person:
