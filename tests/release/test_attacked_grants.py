@@ -211,6 +211,28 @@ def test_a_sealed_file_that_holds_much_of_nothing(tmp_path: Path, version: str) 
         unpack(tmp_path / "sealed", box, tmp_path / "mine")
 
 
+def _headers(kind: str) -> bytes:
+    """Headers that make the reader of a tar fail otherwise than with an error of its own."""
+    info = tarfile.TarInfo("LICENSE")
+    if kind == "nested":
+        info.type = tarfile.GNUTYPE_LONGNAME
+        return info.tobuf(tarfile.GNU_FORMAT) * 2000
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = ((1 << 96) - 700).to_bytes(12, "big") if kind == "negative" else b"\x80\x00\x00" + b"\x7f" * 9
+    block[148:156] = b" " * 8
+    block[148:156] = f"{sum(block):06o}\0 ".encode()
+    return bytes(block) + bytes(2048)
+
+
+@pytest.mark.parametrize("kind", ["nested", "negative", "enormous"])
+def test_a_sealed_tar_with_hostile_headers(tmp_path: Path, kind: str) -> None:
+    box = X25519PrivateKey.generate()
+    (tmp_path / "sealed").write_bytes(seal(_headers(kind), box.public_key()))
+    with pytest.raises(FormatError, match="sealed: "):
+        unpack(tmp_path / "sealed", box, tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["sealed"]
+
+
 def test_a_strangers_list_is_not_worked_off(granting: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing large is hashed before somebody whom the verifier trusts has signed what is listed."""
     desk = granting.copy(tmp_path / "desk")

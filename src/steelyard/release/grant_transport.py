@@ -64,7 +64,7 @@ def unpack(sealed: Path, private: X25519PrivateKey, out: Path) -> Path:
                         raise FormatError(f"{where}: holds {member.name[:80]!r}: not a file that a copy holds, once")
                     seen.add(member.name)
                     _extract(tar, member, folder / member.name, where)
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, RecursionError) as error:  # the last by headers upon headers
             raise FormatError(f"{where}: what it holds is no tar: {error}") from error
         while reader.read(_BLOCK):  # to the end, whose tag says that nothing was cut off
             pass
@@ -75,7 +75,7 @@ def unpack(sealed: Path, private: X25519PrivateKey, out: Path) -> Path:
 
 def _plain(member: tarfile.TarInfo) -> bool:
     """A file as `pack` stores one; a sparse one of a few bytes could fill the disk."""
-    return member.type == tarfile.REGTYPE and not member.issparse()
+    return member.type == tarfile.REGTYPE and not member.issparse() and member.size >= 0
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path, where: str) -> None:
