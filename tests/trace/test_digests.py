@@ -39,7 +39,7 @@ def test_casts_are_found_by_bytes(tmp_path: Path, stored: str, wanted: str) -> N
 def test_a_constant_tensor_proves_nothing_and_what_is_not_finite_shows() -> None:
     tensors = in_memory({"ones": np.ones((4, 4)), "nan": np.array([1, np.nan]), "inf": np.array([np.inf, 2])})
     found = stored_digests(tensors)
-    assert (found["ones"].constant, found["ones"].finite) == (True, True)
+    assert (found["ones"].common, found["ones"].finite) == (True, True)
     assert not found["nan"].finite
     assert not found["inf"].finite
     table = Table(tensor_digests(in_memory({"ones": np.ones((4, 4))})))

@@ -21,6 +21,7 @@ from steelyard.trace.independence import (
     log10_matched,
     log10_ordered,
     matched_neurons,
+    neuron_cosines,
     unit_rows,
 )
 from steelyard.trace.registry import Reference
@@ -53,7 +54,8 @@ class Suspect:
 
     @cached_property
     def digests(self) -> Mapping[str, Stored]:
-        """By stored name, of all plain tensors, or of the small ones where the suspect is large; constant ones not."""
+        """By stored name, of all plain tensors, or of the small ones where the suspect is large; without those of
+        few values."""
         plain = {name: one for name, one in self.tensors.entries.items() if one.dtype in _PLAIN and one.end > one.start}
         chosen, spent = [], 0
         for name, entry in sorted(plain.items(), key=lambda item: item[1].end - item[1].start):
@@ -65,7 +67,7 @@ class Suspect:
         bad = sorted(name for name, one in found.items() if not one.finite)
         if bad:
             raise FormatError(f"not finite: {len(bad)} tensors hold NaN or infinity, {bad[0]!r} first")
-        return {name: one for name, one in found.items() if not one.constant}
+        return {name: one for name, one in found.items() if not one.common}
 
     @cached_property
     def reordered(self) -> Mapping[str, Stored]:
@@ -131,7 +133,7 @@ def by_bytes(suspect: Suspect, reference: Reference) -> Bytes:
     for name, one in suspect.digests.items():
         if hits := reference.table.find(one.sha256):
             found[name] = hits
-    ours = tuple((name, suspect.digests[name].sha256) for name in found if not suspect.digests[name].constant)
+    ours = tuple((name, suspect.digests[name].sha256) for name in found)
     if len(found) < len(suspect.digests):
         try:
             reordered = suspect.reordered
@@ -189,13 +191,15 @@ def by_order(suspect: Suspect, reference: Reference) -> Order | None:
 
 
 def _ordered(theirs: Mapping[int, Rows], ours: Mapping[int, Rows], tries: int) -> list[Order]:
-    if not theirs or not ours:
+    if not ours:
         return []
-    index = next(iter(ours.values())).index
-    common = next(iter(theirs.values()))
-    if common.values.shape[1] != next(iter(ours.values())).values.shape[1]:
-        return []
-    if not np.array_equal(common.index, index):  # another number of neurons: other rows were sampled
+    like = next(iter(ours.values()))
+    theirs = {
+        layer: rows
+        for layer, rows in theirs.items()  # another number of neurons: other rows were sampled
+        if rows.values.shape == like.values.shape and np.array_equal(rows.index, like.index)
+    }
+    if not theirs:
         return []
     penalty = float(np.log10(2 * tries))
     found = []
@@ -205,7 +209,7 @@ def _ordered(theirs: Mapping[int, Rows], ours: Mapping[int, Rows], tries: int) -
             return found
     cosines = np.array(
         [
-            [float((their.values * our.values).sum(axis=1).mean()) / 2 for our in ours.values()]
+            [float(neuron_cosines(their.values, our.values).diagonal().mean()) for our in ours.values()]
             for their in theirs.values()
         ]
     )
@@ -260,8 +264,7 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
     Each layer's test is tried on all of ours: Bonferroni's factor is the number of our layers.
     """
     model = suspect.named
-    needed = {layer: all(layer_name(layer, part) in model.stored for part in (GATE, UP)) for layer in model.layers}
-    there = [layer for layer, whole in needed.items() if whole]
+    there = model.whole_layers
     if not there or EMBEDDING not in model.stored or model.sizes.vocab <= int(reference.tokens[-1]):
         return None
     chosen = sorted({there[len(there) * (2 * at + 1) // (2 * layers)] for at in range(layers)})
@@ -296,14 +299,14 @@ def _best_layer(
         ours = reference.gate[layer].astype(np.float32), reference.up[layer].astype(np.float32)
         for swapped in (False, True) if swap else (False,):
             first, second = ours[::-1] if swapped else ours
-            agree = int(((gate @ first.T).argmax(axis=1) == (up @ second.T).argmax(axis=1)).sum())
+            agree = int(((gate @ first.T).argmax(axis=1) == np.abs(up @ second.T).argmax(axis=1)).sum())
             best = max(best, (agree, layer, swapped))
         if 2 * best[0] > len(gate):
             break
     _, layer, swapped = best
     ours = reference.gate[layer].astype(np.float32), reference.up[layer].astype(np.float32)
     first, second = ours[::-1] if swapped else ours
-    gates, ups = gate @ first.T, up @ second.T
+    gates, ups = gate @ first.T, np.abs(up @ second.T)  # a neuron's up and down rows can change their sign together
     test = matched_neurons(gates, ups) if gates.shape[0] <= gates.shape[1] else matched_neurons(gates.T, ups.T)
     if not test.agreeing:
         return layer, test, 0.0
@@ -335,6 +338,12 @@ class Pair:
         unlike.
         """
         return float((self.suspect * self.ours).sum() / max(float((self.ours**2).sum()), 1e-30))
+
+    @property
+    def cosine(self) -> float:
+        """How alike the two are, whatever their sizes: 0 where one is all zeros."""
+        sizes = float(np.linalg.norm(self.suspect)) * float(np.linalg.norm(self.ours))
+        return float((self.suspect * self.ours).sum()) / max(sizes, 1e-30)
 
     @property
     def distance(self) -> float:

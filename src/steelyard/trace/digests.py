@@ -2,8 +2,8 @@
 
 A digest is the SHA-256 of a tensor's little-endian bytes alone: no name, no shape, no place in a file. A release's
 table holds those of its tensors as stored and in the other types that people cast to, so that one lookup answers for
-re-sharded, renamed and cast copies. A constant tensor (norms of ones) is in every model: it proves nothing and is left
-out.
+re-sharded, renamed and cast copies. A tensor of few values (norms of ones, an identity, a mask) is in unrelated models
+too: it proves nothing and is left out.
 
     >>> table = Table(tensor_digests(open_tensors(release)))
     >>> [table.find(one.sha256) for one in stored_digests(open_tensors(suspect)).values()]
@@ -25,14 +25,15 @@ from steelyard.base.progress import Progress, Silent
 from steelyard.trace.tensors import BLOCKS, FLOATS, Bytes, Float32, Tensors, decode
 
 CASTS = ("BF16", "F16", "F32")
+FEW = 16  # values: a tensor of no more is nobody's own
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a pass over a tensor's bytes tells. `constant`: one value throughout; `finite`: no NaN or infinity."""
+    """What a pass over a tensor's bytes tells. `common`: at most `FEW` values; `finite`: no NaN or infinity."""
 
     sha256: str
-    constant: bool
+    common: bool
     finite: bool
 
 
@@ -105,18 +106,32 @@ _BITS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800
 
 
 def _stored(chunks: Iterable[memoryview], dtype: str) -> Stored:
-    state, finite, first, constant = hashlib.sha256(), True, None, True
+    state, finite, values = hashlib.sha256(), True, _Values()
     for chunk in chunks:
         state.update(chunk)
-        if dtype not in _BITS:
-            constant = False
-            continue
-        kind, exponent = _BITS[dtype]
-        bits = np.frombuffer(chunk, dtype=kind)
-        finite = finite and not bool(((bits & exponent) == exponent).any())
-        first = bits[0] if first is None and len(bits) else first
-        constant = constant and bool((bits == first).all())
-    return Stored(state.hexdigest(), constant, finite)
+        if dtype in _BITS:
+            kind, exponent = _BITS[dtype]
+            bits = np.frombuffer(chunk, dtype=kind)
+            finite = finite and not bool(((bits & exponent) == exponent).any())
+            values.add(bits)
+    return Stored(state.hexdigest(), dtype in _BITS and values.few, finite)
+
+
+class _Values:
+    """Whether a tensor, seen piece by piece, has at most `FEW` different values. Looks no further than it must."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    @property
+    def few(self) -> bool:
+        return len(self._seen) <= FEW
+
+    def add(self, bits: np.ndarray[Any, Any]) -> None:
+        at, step = 0, 64
+        while self.few and at < len(bits):
+            self._seen.update(np.unique(bits[at : at + step]).tolist())
+            at, step = at + step, min(step * 4, 1 << 20)
 
 
 def cast(values: Float32, dtype: str) -> Bytes:
@@ -135,7 +150,7 @@ _COMPUTED = ("inv_freq", "rope_freqs.weight", "rope.freqs")
 
 def tensor_digests(tensors: Tensors, progress: Progress | None = None) -> Iterator[TensorDigests]:
     """Every tensor of a release with its digests as stored and cast; without any those that unrelated models have too:
-    constant ones, and the frequencies of rotary embeddings, which follow from the settings."""
+    of few values, and the frequencies of rotary embeddings, which follow from the settings."""
     names = [name for name, entry in tensors.entries.items() if entry.dtype in FLOATS]
     total = sum(tensors.entries[name].end - tensors.entries[name].start for name in names) / 1e6
 
@@ -143,15 +158,15 @@ def tensor_digests(tensors: Tensors, progress: Progress | None = None) -> Iterat
         entry = tensors.entries[name]
         wanted = [dtype for dtype in CASTS if dtype != entry.dtype] if entry.dtype in CASTS else []
         states = {dtype: hashlib.sha256() for dtype in (entry.dtype, *wanted)}
-        low, high = np.inf, -np.inf
+        seen = _Values()
         for chunk in tensors.chunks(name):
             states[entry.dtype].update(chunk)
             if wanted:
                 values = decode(np.frombuffer(chunk, dtype=np.uint8), entry.dtype)
-                low, high = min(low, float(values.min())), max(high, float(values.max()))
+                seen.add(np.frombuffer(chunk, dtype=_BITS[entry.dtype][0]))
                 for dtype in wanted:
                     states[dtype].update(cast(values, dtype).data)
-        common = (bool(wanted) and low == high) or name.endswith(_COMPUTED)
+        common = (bool(wanted) and seen.few) or name.endswith(_COMPUTED)
         digests = {} if common else {dtype: state.hexdigest() for dtype, state in states.items()}
         return TensorDigests(name, entry.dtype, entry.shape, digests)
 

@@ -11,7 +11,17 @@ from pathlib import Path
 
 from steelyard.base.errors import FormatError
 from steelyard.trace.archives import storages
-from steelyard.trace.lineage import DERIVED, EXACT, SAME, SHA256_LOG10, UNREADABLE, Answer, Relation, nearest
+from steelyard.trace.lineage import (
+    DERIVED,
+    EXACT,
+    SAME,
+    SHA256_LOG10,
+    UNREADABLE,
+    Answer,
+    Relation,
+    nearest,
+    not_the_bases,
+)
 from steelyard.trace.listings import matching_pieces, merkle_root, read_listing, read_torrent
 from steelyard.trace.registry import Reference
 
@@ -104,6 +114,7 @@ def by_torrent(path: Path, references: Sequence[Reference]) -> Answer:
 
 
 def _answer(path: Path, relations: Sequence[Relation], reason: str, read: int) -> Answer:
+    relations = relations if all(not one.digests for one in relations) else not_the_bases(relations)
     best = nearest(relations)
     if best is None:
         return Answer(str(path), UNREADABLE, None, reason=reason, bytes_read=read)

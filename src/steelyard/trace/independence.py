@@ -40,14 +40,24 @@ def unit_rows(values: Float32) -> Float32:
     return (values / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
+def neuron_cosines(suspect: Float32, ours: Float32) -> Float32:
+    """How alike neurons are: [n, m] from [n, 2 hidden] and [m, 2 hidden], gate and up rows side by side.
+
+    The cosine of the gate rows and the size of that of the up rows: a neuron whose up and down rows both change their
+    sign computes what it did.
+    """
+    half = suspect.shape[1] // 2
+    gates, ups = (unit_rows(suspect[:, part]) @ unit_rows(ours[:, part]).T for part in (slice(half), slice(half, None)))
+    return np.asarray(gates + np.abs(ups)) / 2
+
+
 def closest_rows(suspect: Float32, ours: Float32) -> Ordered:
     """The ordered test's X: how many suspect rows have, among ours, the row of their own place as the closest.
 
-    `suspect` and `ours` are [n, width], row i of both at the same place. a[i, j] = 1 where row j of ours has the
-    largest cosine with row i of the suspect (shared evenly where several have): each i adds 1 / n to the
-    expectation, 1 in all.
+    `suspect` and `ours` are [n, 2 hidden], row i of both at the same place. a[i, j] = 1 where row j of ours is most
+    like row i of the suspect (shared evenly where several are): each i adds 1 / n to the expectation, 1 in all.
     """
-    cosines = unit_rows(suspect) @ unit_rows(ours).T
+    cosines = neuron_cosines(suspect, ours)
     best = cosines >= cosines.max(axis=1, keepdims=True)
     shares = best / best.sum(axis=1, keepdims=True)
     return Ordered(float(np.trace(shares)), float(shares.sum() / len(shares)), len(shares))
@@ -90,8 +100,11 @@ def matched_neurons(gate: Float32, up: Float32) -> Matched:
     """
     from scipy.optimize import linear_sum_assignment
 
+    # Where cosines are equal (rows of zeros, a constant embedding), which is taken depends on the order of the columns:
+    # with one order of its own for each matching, ties agree no more than chance has them.
+    order = np.random.default_rng(0).permutation(up.shape[1])
     first = linear_sum_assignment(gate, maximize=True)[1]
-    second = linear_sum_assignment(up, maximize=True)[1]
+    second = order[linear_sum_assignment(up[:, order], maximize=True)[1]]
     agreeing = np.flatnonzero(first == second)
     return Matched(len(agreeing), len(gate), gate.shape[1], np.stack([agreeing, first[agreeing]], axis=1))
 

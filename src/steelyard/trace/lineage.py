@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 
 from steelyard.base.errors import FormatError
 from steelyard.base.progress import Progress, Silent
+from steelyard.model.headers import quote
 from steelyard.trace.attribution import Share, shares
 from steelyard.trace.compare import (
     Bytes,
@@ -47,6 +48,8 @@ RELATED = (EXACT, SAME, QUANTISED, DERIVED)
 
 LEVEL = -6.0  # log10 of the p-value, corrected for everything that was tried, from which models count as related
 LEAST_AGREEING = 0.2  # share of neurons whose gate and up matchings must agree: independent models share 1-5% of theirs
+LIKE = 0.5  # cosine with the base's from which a tensor of a model that is related says what it was made from
+DISGUISED = 0.05  # of a base's size: what is left of the rows beyond base and releases, more than most fine-tunes do
 MOST_MERGED = 0.8  # of ours in a merge: a fine-tune leaves the weights their scale
 SHA256_LOG10 = -77.0  # two different tensors have one SHA-256 with probability 2^-256
 # Relative error that quantising LLaMA-like weights to a type makes, for types that cannot be made here.
@@ -109,18 +112,36 @@ def trace(
 
 
 def nearest(relations: Sequence[Relation]) -> Relation | None:
-    """The relation that answers the question: a copy before what was derived, and of these the closest."""
+    """The relation that answers the question: a copy before what was derived, of these the closest, and then the one
+    with most tensors to the byte."""
     ranks = {EXACT: 0, SAME: 1, QUANTISED: 2, DERIVED: 2, SIBLING: 3}
     known = [one for one in relations if one.verdict in ranks]
     if not known:
         return None
-    return min(known, key=lambda one: (ranks[one.verdict], math.inf if one.distance is None else one.distance))
+    far = {id(one): math.inf if one.distance is None else one.distance for one in known}
+    return min(known, key=lambda one: (ranks[one.verdict], far[id(one)], -len(one.digests)))
+
+
+def not_the_bases(relations: Sequence[Relation]) -> list[Relation]:
+    """Of relations that rest on equal bytes alone: a release of which nothing was found but what its base has too (an
+    embedding that was never trained) shares an ancestor, and no more."""
+    shared = {digest for one in relations if one.kind == "base" for _, digest in one.digests}
+    return [
+        replace(one, verdict=SIBLING, changes=())
+        if one.kind == "release" and one.verdict in (SAME, DERIVED) and {digest for _, digest in one.digests} <= shared
+        else one
+        for one in relations
+    ]
 
 
 def fits(tensors: Tensors, reference: Reference) -> bool:
-    """From headers alone: whether any matrix of the suspect has rows or columns of the reference's width."""
-    width = reference.sizes.hidden
-    return any(width in entry.shape for entry in tensors.entries.values() if len(entry.shape) >= 2)
+    """From headers alone: whether any matrix of the suspect has rows or columns of the reference's width, or any tensor
+    as many values as a matrix of the reference has (one that was laid flat)."""
+    width, counts = reference.sizes.hidden, {math.prod(one.shape) for one in reference.tensors if len(one.shape) >= 2}
+    shapes = [entry.shape for entry in tensors.entries.values()]
+    return any(len(shape) >= 2 and width in shape for shape in shapes) or any(
+        math.prod(one) in counts for one in shapes
+    )
 
 
 def relate(
@@ -134,6 +155,8 @@ def relate(
             continue
         found.append(_look(suspect, reference, len(references)))
     related = [one for one in found if one.related]
+    if found and not related:
+        _check_compared(suspect)
     _attribute(suspect, related)
     known = {one.reference.name: one for one in found}
     relations = []
@@ -143,7 +166,28 @@ def relate(
         else:
             why = f"no matrix is {reference.sizes.hidden} wide"
             relations.append(Relation(reference.name, reference.kind, UNRELATED, evidence=(why,)))
-    return relations
+    by_bytes_alone = {one.reference.name for one in related if one.bytes_alone}
+    told = {one.name: one for one in not_the_bases([one for one in relations if one.name in by_bytes_alone])}
+    return [told.get(one.name, one) for one in relations]
+
+
+def _check_compared(suspect: Suspect) -> None:
+    """Nothing is said to be unrelated whose weights were not looked at. Raises FormatError for one of those."""
+    named, entries = suspect.named, suspect.tensors.entries
+    if not named.whole_layers:
+        raise FormatError(
+            f"no layer's gate and up rows are there, {named.sizes.hidden} wide, under a name that is known, and no "
+            "tensor is ours to the byte: give the whole model, under its usual names and not packed or transposed"
+        )
+    known = set(named.stored.values())
+    sizes = {name: one.end - one.start for name, one in entries.items()}
+    other = sum(size for name, size in sizes.items() if name not in known)
+    if other > sum(sizes.values()) / 2:
+        largest = max((name for name in sizes if name not in known), key=lambda name: sizes[name])
+        raise FormatError(
+            f"{other:,} of {sum(sizes.values()):,} bytes are in tensors of no known name, {quote(largest)} the "
+            "largest, and none is ours to the byte: give the model's own weights alone, under their usual names"
+        )
 
 
 @dataclass
@@ -156,7 +200,7 @@ class _Found:
     related: bool
     pairs: list[Pair] = field(default_factory=list)
     share: Share | None = None
-    sole: bool = True  # no other member of the family is registered that could explain it
+    weak: Signature | None = None  # one that shows nothing
 
     def relation(self, suspect: Suspect) -> Relation:
         reference = self.reference
@@ -183,6 +227,11 @@ class _Found:
         if self.bytes.complete or not self.bytes.all:
             return self.bytes.all
         return bool(self.pairs) and all(pair.equal for pair in self.pairs)
+
+    @property
+    def bytes_alone(self) -> bool:
+        """Whether equal bytes are all that relates the two."""
+        return self.copied or not (self.pairs or self.signature)
 
     @property
     def distance(self) -> float | None:
@@ -216,8 +265,8 @@ class _Found:
             found.append(f"its matrices differ from ours by {self.distance:.2%} of their size on average")
         if self.order is not None:
             found.append(f"{self.order.share:.1%} of sampled neurons are closest to ours of the same place")
-        if self.signature is not None:
-            found.append(f"{self.signature.share:.1%} of neurons agree by gate and by up signature")
+        if (signature := self.signature or self.weak) is not None:
+            found.append(f"{signature.share:.1%} of neurons agree by gate and by up signature")
         if self.share is not None:
             found.append(f"share of this release's own change: {self.share.value:.3f} +- {self.share.error:.3f}")
         return found
@@ -225,6 +274,8 @@ class _Found:
     def _changes(self, suspect: Suspect) -> tuple[str, ...]:
         if self.copied:
             return self._copied(suspect)
+        if self.bytes_alone:
+            return ("some tensors",)
         sizes, ours = suspect.named.sizes, self.reference.sizes
         found = []
         if sizes.layers < ours.layers:
@@ -311,7 +362,7 @@ def _look(suspect: Suspect, reference: Reference, count: int) -> _Found:
             return _Found(reference, same, order, signature, min(log10_p, signed), True)
         log10_p = min(log10_p, signed if signature.share >= LEAST_AGREEING else 0.0)
     ordered = 0.0 if order is None else min(0.0, order.log10_p + tried)
-    return _Found(reference, same, order, signature, min(log10_p, ordered), bool(same.found))
+    return _Found(reference, same, order, None, min(log10_p, ordered), bool(same.found), weak=signature)
 
 
 def _attribute(suspect: Suspect, related: Sequence[_Found]) -> None:
@@ -338,6 +389,9 @@ def _shares_over(suspect: Suspect, base: _Found, releases: Sequence[_Found]) -> 
     if base.order is not None and base.signature is None:
         by_name = {id(one): {pair.name: pair for pair in one.pairs} for one in (base, *releases)}
         names = [name for name in by_name[id(base)] if all(name in by_name[id(one)] for one in releases)]
+        like = [name for name in names if by_name[id(base)][name].cosine > LIKE]
+        # Tensors that were put in another order or replaced say nothing of shares: they are left out if some are like.
+        names = like if 3 * len(like) >= len(names) else names
         blocks = {one.reference.name: [by_name[id(one)][name].ours for name in names] for one in releases}
         found = shares(
             [by_name[id(base)][name].suspect for name in names],
@@ -345,12 +399,26 @@ def _shares_over(suspect: Suspect, base: _Found, releases: Sequence[_Found]) -> 
             blocks,
             _noise(suspect),
         )
+        _unfolded(suspect, base, releases, found)
     elif base.signature is not None:
         found = _signature_shares(suspect, base, [one for one in releases if one.signature is not None])
     else:
         return
     for one in releases:
         one.share = found.get(one.reference.name)
+
+
+def _unfolded(suspect: Suspect, base: _Found, releases: Sequence[_Found], found: dict[str, Share]) -> None:
+    """Where the rows are far from all that is registered and the signatures are not, rescaled rows or folded norms hide
+    the shares of the rows: the signatures' take their place."""
+    if not found or min(one.rest for one in found.values()) < DISGUISED:
+        return
+    signed = [replace(one, signature=by_signature(suspect, one.reference)) for one in (base, *releases)]
+    if signed[0].signature is None:
+        return
+    for name, share in _signature_shares(suspect, signed[0], [one for one in signed[1:] if one.signature]).items():
+        if name in found and 2 * share.rest < found[name].rest:
+            found[name] = share
 
 
 def _signature_shares(suspect: Suspect, base: _Found, releases: Sequence[_Found]) -> dict[str, Share]:
@@ -363,7 +431,8 @@ def _signature_shares(suspect: Suspect, base: _Found, releases: Sequence[_Found]
         gate, up = suspect.signatures(layer, neurons, base.reference.tokens)
         for row, column in matched.pairs:
             for mine, part in ((gate, "gate"), (up, "up")):
-                theirs.append(mine[row])
+                turned = part == "up" and float(mine[row] @ base.reference.up[number, column]) < 0
+                theirs.append(-mine[row] if turned else mine[row])
                 for one in (base, *releases):
                     ours[one.reference.name].append(getattr(one.reference, part)[number, column].astype(np.float32))
     return shares(theirs, ours[base.reference.name], {one.reference.name: ours[one.reference.name] for one in releases})

@@ -72,6 +72,19 @@ class Named:
         return sorted({int(name.split(".")[2]) for name in self.stored if name.startswith("model.layers.")})
 
     @property
+    def whole_layers(self) -> list[int]:
+        """Numbers of the layers whose gate and up rows are here, in the model's common shape."""
+        shapes, like = self.tensors.entries, (self.sizes.intermediate, self.sizes.hidden)
+        return [
+            layer
+            for layer in self.layers
+            if all(
+                (stored := self.stored.get(layer_name(layer, part))) is not None and shapes[stored].shape == like
+                for part in (GATE, UP)
+            )
+        ]
+
+    @property
     def entries(self) -> dict[str, Entry]:
         """Stored entries by Hugging Face name."""
         return {name: self.tensors.entries[stored] for name, stored in self.stored.items()}
@@ -89,7 +102,7 @@ class Named:
         if not self.interleaved or not name.endswith((f"{QUERY}.weight", f"{KEY}.weight")) or not size:
             return None
         count = self.tensors.entries[self.stored[name]].shape[0]
-        if count % size:
+        if count % size or size % 2:
             return None
         return interleaved_rows(count, size)
 
@@ -121,18 +134,20 @@ def hugging_face(tensors: Tensors) -> Named:
     return Named(tensors, stored, _sizes(tensors, stored), interleaved, guessed)
 
 
-def _hugging_face_names(names: Iterable[str]) -> dict[str, str]:
-    """Of several sub-models under different prefixes (a vision tower), the one with the most tensors."""
+def _hugging_face_names(entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Of several sub-models under different prefixes (a vision tower, a decoy), the one with the most bytes."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     others: dict[str, dict[str, str]] = defaultdict(dict)
-    for name in names:
+    for name in entries:
         if match := _HF_LAYER.fullmatch(name):
             found[match["prefix"]][layer_name(int(match["layer"]), match["part"])] = name
         elif match := _HF_OTHER.fullmatch(name):
             to = HEAD if match["part"] == "lm_head" else f"model.{match['part']}.weight"
             others["" if to == HEAD else match["prefix"]][to] = name
     if found:
-        prefix = max(found, key=lambda one: len(found[one]))
+        prefix = max(
+            found, key=lambda one: sum(entries[name].end - entries[name].start for name in found[one].values())
+        )
         return found[prefix] | others.get(prefix, {}) | others.get("", {})
     if any(EMBEDDING in part for part in others.values()):  # one shard with nothing but an embedding
         return next(part for part in others.values() if EMBEDDING in part)
@@ -241,7 +256,9 @@ def _sizes(tensors: Tensors, stored: Mapping[str, str]) -> Sizes:
     layers = {int(name.split(".")[2]) for name in stored if name.startswith("model.layers.")}
 
     def shape(part: str) -> tuple[int, ...]:
-        return next((shapes[layer_name(one, part)] for one in layers if layer_name(one, part) in shapes), (0, 0))
+        """The shape that most layers have."""
+        found = Counter(shapes[layer_name(one, part)] for one in sorted(layers) if layer_name(one, part) in shapes)
+        return found.most_common(1)[0][0] if found else (0, 0)
 
     gate, query, key = shape(GATE), shape(QUERY), shape(KEY)
     for name, one in shapes.items():

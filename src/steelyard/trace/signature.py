@@ -75,7 +75,7 @@ def signatures(model: Named, layer: int, neurons: IntArray, embedding: Float32) 
     """Signatures of a layer's neurons by gate and by up rows: [neurons, tokens] each, of length one."""
     centred = embedding - embedding.mean(axis=0)
     norm = layer_name(layer, BEFORE_MLP)
-    if norm in model.stored:
+    if norm in model.stored and model.entries[norm].shape == centred.shape[1:]:
         centred = centred * finite(model.read(norm), norm)
     found = []
     for part in (GATE, UP):

@@ -16,7 +16,7 @@ from steelyard.trace.archives import SUFFIXES
 from steelyard.trace.elsewhere import is_elsewhere, trace_elsewhere
 from steelyard.trace.lineage import Answer, trace
 from steelyard.trace.registry import Reference
-from steelyard.trace.tensors import real_path
+from steelyard.trace.tensors import real_path, weight_files
 
 MAX_FILES = 500_000
 MAX_DEPTH = 64
@@ -67,8 +67,7 @@ def _in_folder(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     one_model = any(name.endswith(".safetensors.index.json") for name in names) or "model.safetensors" in tensors
     if tensors and (one_model or len(tensors) == 1):
         yield folder
-        if "model.safetensors" in tensors and len(tensors) > 1:
-            yield from (folder / name for name in tensors if name != "model.safetensors" and "-of-" not in name)
+        yield from _beside(folder, tensors)
     else:
         yield from (folder / name for name in tensors)
     for name in names:
@@ -76,6 +75,15 @@ def _in_folder(folder: Path, names: Sequence[str]) -> Iterator[Path]:
         pickle = lower.endswith(SUFFIXES) and not lower.startswith(_NOT_WEIGHTS)
         if pickle or lower.endswith((".gguf", ".torrent")):
             yield folder / name
+
+
+def _beside(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The safetensors of a model's folder that are no part of the model: another one may be there."""
+    try:
+        model = set(weight_files(folder))
+    except FormatError:  # said of the folder, which is a suspect too
+        return []
+    return [folder / name for name in names if folder / name not in model]
 
 
 def trace_all(

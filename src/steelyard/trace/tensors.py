@@ -109,7 +109,32 @@ def open_tensors(path: Path) -> Tensors:
             raise FormatError(f"{path}: holds over {MAX_TENSORS:,} tensors, more than any model has: give a model")
     if not entries:
         raise FormatError(f"{path}: holds no tensor: give another copy")
-    return _Stored(entries, config, gguf=False)
+    return _Stored(split_fused(entries), config, gguf=False)
+
+
+def split_fused(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Gate and up rows, or query, key and value rows, that were laid one after the other in one matrix (as Phi-3 has
+    them), as tensors of their own: each is a run of the matrix's bytes."""
+    found: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        base, rows = name.removesuffix("gate_up_proj.weight"), entry.shape[0] if len(entry.shape) == 2 else 0
+        parts: tuple[tuple[str, int], ...] = ()
+        if base != name and rows % 2 == 0:
+            parts = (("gate", rows // 2), ("up", rows // 2))
+        elif (base := name.removesuffix("qkv_proj.weight")) != name:
+            output = entries.get(f"{base}o_proj.weight")
+            queries = output.shape[1] if output is not None and len(output.shape) == 2 else rows
+            if 0 < queries < rows and (rows - queries) % 2 == 0:
+                parts = (("q", queries), ("k", (rows - queries) // 2), ("v", (rows - queries) // 2))
+        cut = {f"{base}{part}_proj.weight": count for part, count in parts if count}
+        if not cut or cut.keys() & entries.keys():
+            found[name] = entry
+            continue
+        at, row = entry.start, (entry.end - entry.start) // rows
+        for part, count in cut.items():
+            found[part] = Entry(part, entry.dtype, (count, *entry.shape[1:]), entry.file, at, at + count * row)
+            at += count * row
+    return found
 
 
 def real_path(path: Path) -> Path:
@@ -121,7 +146,8 @@ def real_path(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: those an index names, else model.safetensors, else all safetensors, else its GGUF.
+    """The weight files of a folder: model.safetensors, which loaders take first, else those an index names, else all
+    safetensors, else its GGUF.
 
     Raises FormatError where there is none, or several GGUFs, or the index is broken or names what is not there.
     """
@@ -129,10 +155,10 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(entry.name for entry in found)
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     plain = [name for name in names if name.lower().endswith(".safetensors")]
-    if len(indexes) == 1:
-        chosen = _indexed(folder / indexes[0], set(plain))
-    elif "model.safetensors" in plain:
+    if "model.safetensors" in plain:
         chosen = ["model.safetensors"]
+    elif len(indexes) == 1:
+        chosen = _indexed(folder / indexes[0], set(plain))
     else:
         chosen = plain or [name for name in names if name.lower().endswith(".gguf")]
     if not chosen:
