@@ -48,7 +48,7 @@ def neuron_cosines(suspect: Float32, ours: Float32) -> Float32:
     """
     half = suspect.shape[1] // 2
     gates, ups = (unit_rows(suspect[:, part]) @ unit_rows(ours[:, part]).T for part in (slice(half), slice(half, None)))
-    return np.asarray(gates + np.abs(ups)) / 2
+    return np.asarray((gates + np.abs(ups)) / 2, np.float32)
 
 
 def closest_rows(suspect: Float32, ours: Float32) -> Ordered:
