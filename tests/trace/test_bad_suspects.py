@@ -83,6 +83,19 @@ def with_value(value: float) -> Made:
     return made
 
 
+def shaped(name: str, shape: tuple[int, ...]) -> Made:
+    def made(folder: Path) -> Path:
+        held = weights(1)
+        held[name] = held[name].reshape(-1)[: int(np.prod(shape))].reshape(shape)
+        return write(folder / "model", held)
+
+    return made
+
+
+def transposed(folder: Path) -> Path:
+    return write(folder / "model", {name: one.T if "_proj" in name else one for name, one in weights(1).items()})
+
+
 def changed_gguf(change: Callable[[bytes], bytes]) -> Made:
     def made(folder: Path) -> Path:
         path = write_gguf(folder / "model.gguf", config=SMALL, weights=weights(1))
@@ -181,6 +194,9 @@ ROWS: dict[str, tuple[Made, str]] = {
     "GGUF: no tensor": (gguf([string("general.architecture", "llama")]), "no tensor"),
     "GGUF: the tail missing": (changed_gguf(lambda data: data[:-100]), "model.gguf"),
     # weights with which nothing can be compared
+    "a norm that is a number": (shaped("model.layers.1.input_layernorm.weight", ()), "a vector belongs"),
+    "a norm that is a matrix": (shaped("model.layers.1.post_attention_layernorm.weight", (8, 8)), "a vector belongs"),
+    "gates that lie": (transposed, "gate and up rows"),
     "NaN": (with_value(float("nan")), "not finite"),
     "infinity": (with_value(float("inf")), "not finite"),
     "no model at all": (not_a_model, ""),

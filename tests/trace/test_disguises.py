@@ -272,3 +272,11 @@ def test_an_index_does_not_hide_the_model_beside_it(tmp_path: Path, registered: 
     (folder / "model.safetensors").rename(folder / "weights-of-1.safetensors")
     answers = {Path(one.suspect).name: one.verdict for one in trace_all(folder, registered)}
     assert answers["weights-of-1.safetensors"] in (EXACT, SAME)
+
+
+def test_a_notice_of_what_was_made_from_the_release_lists_no_digest_of_the_bases(registered: list[Reference]) -> None:
+    found = related(noised(RELEASE, 0.01, seed=3), registered)
+    assert found["release"].verdict == DERIVED
+    assert "hashed tensors are ours to the byte" in found["release"].evidence[0]
+    assert len(found["base"].digests) == 9  # the norms, which neither we nor they changed
+    assert found["release"].digests == ()

@@ -29,6 +29,10 @@ def test_a_notice_is_written_and_its_steps_are_noted(workspace: Path) -> None:
     assert written.exit_code == 0, written.output
     folder = Path(json.loads(written.stdout)["folder"])
     assert {path.name for path in folder.iterdir()} == {PAGE, TEXT}
+    garbled = CliRunner().invoke(
+        app, ["notice", "1", "--workspace", str(workspace), "--step", "sent", "--note", "\udcff"]
+    )
+    assert isinstance(garbled.exception, UsageError), garbled.output
     noted = CliRunner().invoke(
         app, ["notice", "1", "--workspace", str(workspace), "--step", "sent", "--note", "case 12"]
     )
@@ -44,6 +48,8 @@ def test_a_notice_is_written_and_its_steps_are_noted(workspace: Path) -> None:
         (["1", "--kind", "takedown"], "names no location"),
         (["2", "--kind", "takedown"], "no sightings are meant"),
         (["1", "--kind", "takedown", "--step", "sent"], "give --kind to write a notice, or --step"),
+        (["1", "--kind", "takedown", "--location", "\udcff"], "is no UTF-8"),
+        (["1", "--kind", "abuse", "--location", "x", "--reason", "\udcff"], "is no UTF-8"),
     ],
 )
 def test_wrong_calls_are_refused_and_leave_nothing(workspace: Path, arguments: list[str], said: str) -> None:

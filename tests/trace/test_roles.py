@@ -64,3 +64,22 @@ def test_what_is_no_model_is_refused() -> None:
     flat = weights() | {"model.layers.0.mlp.gate_proj.weight": np.zeros(64)}
     with pytest.raises(FormatError, match="dimensions"):
         hugging_face(in_memory(flat))
+
+
+def test_of_several_models_in_one_file_the_largest_is_meant() -> None:
+    decoys = {
+        f"decoy.layers.{layer}.mlp.{part}_proj.weight": np.zeros((8, 64))
+        for layer in range(90)
+        for part in ("gate", "up")
+    }
+    named = hugging_face(in_memory(decoys | weights()))
+    assert named.layers == list(range(SMALL["num_hidden_layers"]))
+
+
+def test_heads_of_one_row_have_one_order() -> None:
+    """Settings may claim any number of heads that the rows can be divided by."""
+    suspect = in_memory(meta_names(weights()))
+    suspect.config = {"num_attention_heads": 64, "num_key_value_heads": 32}
+    named = hugging_face(suspect)
+    assert (named.interleaved, named.sizes.head_dim) == (True, 1)
+    assert named.stored_rows("model.layers.0.self_attn.q_proj.weight") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def test_a_tree_in_which_one_file_is_broken_is_answered(tmp_path: Path) -> None:
     done = _run(tree, *workspace, "--json")
     assert done.returncode == 0
     assert [one["verdict"] for one in json.loads(done.stdout)] == ["unreadable", "exact copy"]
+
+
+def test_a_copy_whose_name_is_no_utf8_is_a_sighting_like_any_other(tmp_path: Path) -> None:
+    workspace = ("--workspace", tmp_path / "workspace")
+    _run("register", write(tmp_path / "ours", weights()), "--name", "ours", *workspace)
+    done = _run(write(tmp_path / os.fsdecode(b"copy-\xff.safetensors"), weights()), *workspace)
+    assert done.returncode == 0, done.stderr
+    with Ledger(tmp_path / "workspace" / "ledger.sqlite", read_only=True) as ledger:
+        (event,) = ledger.events("trace.sighted")
+    assert event.payload["suspect"].endswith(r"copy-\udcff.safetensors")
 
 
 def test_a_shuffled_model_is_another_subject_of_a_committed_order(

@@ -33,6 +33,7 @@ from steelyard.trace.notices import Sighting, proven
 from steelyard.trace.refusal_direction import phrases, refusal_directions
 from steelyard.trace.roles import EMBEDDING, HEAD
 from steelyard.trace.rounding import rounded, rounding_of
+from steelyard.trace.sightings import spelled
 from steelyard.trace.uncensored import WeightEvidence, weight_evidence
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _listen(
         theirs, limits = _endpoint(ours, release, suspect, weights, progress)
     except FormatError as error:
         return _Heard(limits=(f"it cannot be asked anything: {error}",))
-    prompts = commit_prompts(ledger, texts, str(suspect))
+    prompts = commit_prompts(ledger, texts, spelled(str(suspect)))
     declined = refusals(ours, texts, scorer, progress=progress)
     said_no = [text for text, no in zip(texts, declined, strict=True) if no][:DRIFT_PROMPTS]
     answers = refusals(theirs, texts, scorer, progress=progress)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -168,7 +168,15 @@ def relate(
             relations.append(Relation(reference.name, reference.kind, UNRELATED, evidence=(why,)))
     by_bytes_alone = {one.reference.name for one in related if one.bytes_alone}
     told = {one.name: one for one in not_the_bases([one for one in relations if one.name in by_bytes_alone])}
-    return [told.get(one.name, one) for one in relations]
+    shared = {digest for one in relations if one.kind == "base" for _, digest in one.digests}
+    return [_own(told.get(one.name, one), shared) for one in relations]
+
+
+def _own(relation: Relation, shared: Set[str]) -> Relation:
+    """What was made from a release, without the digests that its base has too."""
+    if relation.kind == "base" or relation.verdict not in (QUANTISED, DERIVED):
+        return relation
+    return replace(relation, digests=tuple(one for one in relation.digests if one[1] not in shared))
 
 
 def _check_compared(suspect: Suspect) -> None:

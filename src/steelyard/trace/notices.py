@@ -169,7 +169,7 @@ def write_notice(
     if kind != "takedown" and not reason.strip():
         raise UsageError(f"a notice of {kind} needs a reason: give --reason")
     for said in (reason, *locations):
-        _check_length(said)
+        _check_text(said)
     where = tuple(dict.fromkeys((*sighting.locations, *locations)))
     if not where:
         raise UsageError(f"sighting {sighting.event.seq} names no location: give --location")
@@ -201,9 +201,13 @@ def proven(sighting: Sighting) -> bool:
     return sighting.verdict in _COPIES and (bool(sighting.digests) or sighting.log10_p <= WEAKEST)
 
 
-def _check_length(said: str) -> None:
+def _check_text(said: str) -> None:
     if len(said) > LONGEST:
         raise UsageError(f"{said[:40]!r}...: has {len(said):,} characters: give at most {LONGEST:,}")
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{said[:40]!r}: is no UTF-8: write it anew") from None
 
 
 def _check_grounds(sighting: Sighting) -> None:
@@ -224,7 +228,7 @@ def record_step(ledger: Ledger, sighting: Sighting, step: Step, note: str = "") 
     """Note what became of a notice. Raises UsageError for another step, and where no notice was written."""
     if step not in get_args(Step):
         raise UsageError(f"{step!r}: a step is one of {', '.join(get_args(Step))}")
-    _check_length(note)
+    _check_text(note)
     if not ledger.events(WRITTEN, sighting=sighting.event.mark):
         raise UsageError(f"sighting {sighting.event.seq}: no notice was written yet: give --kind")
     return ledger.append(STEPPED, {"sighting": sighting.event.mark, "step": step, "note": note})

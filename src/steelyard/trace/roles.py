@@ -264,6 +264,8 @@ def _sizes(tensors: Tensors, stored: Mapping[str, str]) -> Sizes:
     for name, one in shapes.items():
         if (name.endswith("_proj.weight") or name in (EMBEDDING, HEAD)) and len(one) != 2:
             raise FormatError(f"tensor {stored[name]!r} has {len(one)} dimensions where a matrix belongs")
+        if name.endswith("norm.weight") and len(one) != 1:
+            raise FormatError(f"tensor {stored[name]!r} has {len(one)} dimensions where a vector belongs")
         if min(one, default=1) == 0:
             raise FormatError(f"tensor {stored[name]!r} is empty")
     vocab, hidden = shapes.get(EMBEDDING, (0, 0))

@@ -23,7 +23,7 @@ def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> s
         return None
     reference = next(one for one in references if one.name == best.name)
     payload = {
-        "suspect": answer.suspect,
+        "suspect": spelled(answer.suspect),
         "verdict": answer.verdict,
         "changes": list(best.changes),
         "reference": {
@@ -40,3 +40,8 @@ def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> s
         "bytes_read": answer.bytes_read,
     }
     return ledger.append(EVENT, payload).hash
+
+
+def spelled(path: str) -> str:
+    """A path as the ledger can hold it: bytes of a file's name that are no UTF-8 are shown as `\\udcff`."""
+    return path.encode("utf-8", "backslashreplace").decode()

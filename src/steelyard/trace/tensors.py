@@ -287,7 +287,8 @@ def decode(data: Bytes, dtype: str) -> Float32:
         except ImportError:
             raise require_extra("gguf", "models") from None
         blocks = data.reshape(-1, BLOCKS[dtype][1])
-        values: Float32 = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[dtype])
+        with np.errstate(over="ignore", invalid="ignore"):
+            values: Float32 = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[dtype])
         return values.astype(np.float32, copy=False).reshape(-1)
     stored = data.view(_PLAIN[dtype])
     if dtype == "BF16":
