@@ -22,6 +22,7 @@ from steelyard.trace.behaviour import COMMITTED
 from steelyard.trace.examine import EXAMINED, examine
 from steelyard.trace.notices import SIGHTED, Sighting
 from steelyard.trace.refusal_direction import Directions
+from steelyard.trace.tensors import fingerprint, open_tensors
 from steelyard.trace.uncensored import writers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
@@ -185,3 +186,24 @@ def test_what_cannot_be_recovered_is_said(release: Path, tmp_path: Path) -> None
     assert found.weights is None
     assert any("layers were put in" in said for said in found.limits)
     assert found.event.payload["limits"] == list(found.limits)
+
+
+def test_only_the_copy_that_was_sighted_is_examined(release: Path, tmp_path: Path) -> None:
+    suspect = edited(release, tmp_path / "suspect")
+    mark = fingerprint(open_tensors(suspect))
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        sighting = sighted(ledger, release, fingerprint=mark)
+        found = examine(ledger, sighting, release, suspect, scorer=None)
+        assert found.judgement.verdict == "uncensored by weight edit"
+        assert found.event.payload["suspect"] == {"path": str(suspect), "fingerprint": mark}
+        with pytest.raises(UsageError, match="is not the copy that sighting"):
+            examine(ledger, sighting, release, release, scorer=None)
+
+
+def test_a_stranger_is_not_judged_under_anothers_sighting(release: Path, tmp_path: Path) -> None:
+    """A listing was sighted, which says nothing of the weights; the file given is no copy at all."""
+    stranger = tiny_folder(tmp_path / "stranger", layers=4, seed=1)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        found = examine(ledger, sighted(ledger, release), release, stranger, scorer=Even())
+        assert (found.judgement.verdict, found.weights) == ("undecided", None)
+        assert "lineage" in found.judgement.why

@@ -31,9 +31,10 @@ from steelyard.trace.drift import Drift, OwnAnswers
 from steelyard.trace.layout import ANOTHER_LAYOUT, Weights, in_layout
 from steelyard.trace.notices import Sighting, proven
 from steelyard.trace.refusal_direction import phrases, refusal_directions
-from steelyard.trace.roles import EMBEDDING, HEAD
+from steelyard.trace.roles import EMBEDDING, HEAD, hugging_face
 from steelyard.trace.rounding import rounded, rounding_of
 from steelyard.trace.sightings import spelled
+from steelyard.trace.tensors import fingerprint, open_tensors
 from steelyard.trace.uncensored import WeightEvidence, weight_evidence
 
 if TYPE_CHECKING:
@@ -71,9 +72,10 @@ def examine(
     folder that `sighting` names, in weights and, where a `scorer` of refusals is given, in behaviour. `base`: what the
     release was tuned from.
 
-    A suspect whose lineage is not proven is undecided, whatever its weights say. Raises UsageError where `release` is
-    not the model that the sighting names, SteelyardError where it has no refusals to lose, and what reading the models,
-    generating and scoring raise.
+    A suspect whose lineage is not proven is undecided, whatever its weights say: so is one whose weights cannot be laid
+    beside the release's, where the sighting, of a listing or a torrent, does not say which file was seen. Raises
+    UsageError where `release` is not the model that the sighting names, or `suspect` not the copy that was sighted,
+    SteelyardError where the release has no refusals to lose, and what reading the models, generating and scoring raise.
     """
     progress = progress or Silent()
     registered, given = dict(sighting.work).get("subject"), subject_of(release, progress).digest
@@ -81,9 +83,15 @@ def examine(
         raise UsageError(
             f"{release}: is subject {given[:16]}, not {str(registered)[:16]}, which sighting {sighting.event.seq} names"
         )
+    tensors = open_tensors(suspect)
+    mark = fingerprint(tensors)
+    if sighting.fingerprint is not None and sighting.fingerprint != mark:
+        raise UsageError(
+            f"{suspect}: is not the copy that sighting {sighting.event.seq} is of: trace it, and name its own sighting"
+        )
     directions = refusal_directions(release, *phrases(PHRASES), progress=progress).telling()
     progress.say("comparing the weights")
-    ours, theirs = Weights.of(release), Weights.of(suspect)
+    ours, theirs = Weights.of(release), Weights(hugging_face(tensors))
     found, home = in_layout(ours, theirs), None if base is None else in_layout(ours, Weights.of(base))
     weights, limits = None, list(found.limits)
     if found.tensors is not None:
@@ -98,9 +106,11 @@ def examine(
     if scorer is not None:
         heard = _listen(ledger, release, suspect, theirs, rounding_of(ours, theirs), scorer, progress)
         limits += heard.limits
-    said = judge(proven(sighting), weights, heard.behaviour, heard.rounded, heard.drift)
+    known_copy = sighting.fingerprint is not None or weights is not None
+    said = judge(proven(sighting) and known_copy, weights, heard.behaviour, heard.rounded, heard.drift)
     payload: dict[str, Any] = {
         "sighting": sighting.event.mark,
+        "suspect": {"path": spelled(str(suspect)), "fingerprint": mark},
         **asdict(said),
         "weights": None if weights is None else weights.as_json(),
         "behaviour": None if heard.behaviour is None else heard.behaviour.as_json(),

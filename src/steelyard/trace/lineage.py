@@ -40,7 +40,7 @@ from steelyard.trace.compare import (
 from steelyard.trace.registry import Reference
 from steelyard.trace.roles import EMBEDDING
 from steelyard.trace.signature import some_neurons
-from steelyard.trace.tensors import Float32, Tensors, open_tensors
+from steelyard.trace.tensors import Float32, Tensors, fingerprint, open_tensors
 
 EXACT, SAME, QUANTISED, DERIVED = "exact copy", "same tensors", "quantised", "derived"
 SIBLING, UNRELATED, UNREADABLE = "shares an ancestor", "unrelated", "unreadable"
@@ -85,6 +85,7 @@ class Answer:
     reason: str = ""
     bytes_read: int = 0
     seconds: float = 0.0
+    fingerprint: str | None = None  # of a relative whose weights were compared (`tensors.fingerprint`)
 
 
 def trace(
@@ -100,7 +101,8 @@ def trace(
         tensors = open_tensors(path)
         relations = relate(tensors, references, full=full, progress=progress)
         best = nearest(relations)
-        answer = Answer(str(path), best.verdict if best else UNRELATED, best, relations)
+        mark = fingerprint(tensors) if best else None
+        answer = Answer(str(path), best.verdict if best else UNRELATED, best, relations, fingerprint=mark)
     except FormatError as error:
         said = str(error)
         answer = Answer(str(path), UNREADABLE, None, reason=said if str(path) in said else f"{path}: {said}")
@@ -108,7 +110,7 @@ def trace(
         answer = Answer(str(path), UNREADABLE, None, reason=f"{path}: cannot be read: {error.strerror}")
     read = tensors.bytes_read if tensors is not None else 0
     spent = time.monotonic() - start
-    return Answer(answer.suspect, answer.verdict, answer.nearest, answer.relations, answer.reason, read, spent)
+    return replace(answer, bytes_read=read, seconds=spent)
 
 
 def nearest(relations: Sequence[Relation]) -> Relation | None:

@@ -10,6 +10,7 @@ It is written from a sighting, the ledger's event `trace.sighted`:
     locations   where the copy was seen; may be absent, and is then given when the notice is written
     digests     SHA-256 of files or tensors that are equal, with or without a name ({"name", "sha256"}); may be absent
     grants      ids of grants whose mark the copy bears; may be absent
+    fingerprint by which the copy is known again (`tensors.fingerprint`); null where only digests were compared
 
 No other key is read, so nobody's identity comes in: a grant's id is all that a notice says of a recipient. All texts
 are strangers' and shown as text. Nothing is signed and nothing is sent here: statements of law have blanks, and each
@@ -59,6 +60,7 @@ class Sighting:
     locations: tuple[str, ...]
     digests: tuple[tuple[str, str], ...]
     grants: tuple[str, ...]
+    fingerprint: str | None = None
 
     @classmethod
     def of(cls, event: Event) -> Sighting:
@@ -73,7 +75,9 @@ class Sighting:
         if not isinstance(reference, dict):
             raise FormatError(f"{where}: reference: must be a mapping with the name of a registered model")
         digests = tuple(_digest(where, one) for one in _list(where, raw, "digests"))
-        grants = _texts(where, raw, "grants")
+        grants, mark = _texts(where, raw, "grants"), raw.get("fingerprint")
+        if mark is not None and (not isinstance(mark, str) or _SHA256.fullmatch(mark) is None):
+            raise FormatError(f"{where}: fingerprint: must be 64 lower-case hexadecimal digits, or null")
         for grant in grants:
             if _GRANT.fullmatch(grant) is None:
                 raise FormatError(f"{where}: grants: {grant[:80]!r} is no grant's id: a name does not belong here")
@@ -88,6 +92,7 @@ class Sighting:
             locations=_texts(where, raw, "locations"),
             digests=digests,
             grants=grants,
+            fingerprint=mark,
         )
 
 

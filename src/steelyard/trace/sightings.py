@@ -15,8 +15,8 @@ MOST = 1000  # digests of a suspect that are kept
 def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> str | None:
     """Append `trace.sighted` where the suspect is a registered model or made from one; gives the event's hash.
 
-    The payload: suspect (its path), verdict, changes, reference {name, kind, subject, weights}, log10_p, distance,
-    share, evidence, digests [{name, sha256}] (at most `MOST`), bytes_read. None where nothing is proven.
+    The payload: suspect (its path), fingerprint, verdict, changes, reference {name, kind, subject, weights}, log10_p,
+    distance, share, evidence, digests [{name, sha256}] (at most `MOST`), bytes_read. None where nothing is proven.
     """
     best = answer.nearest
     if best is None or best.verdict not in RELATED:
@@ -24,6 +24,7 @@ def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> s
     reference = next(one for one in references if one.name == best.name)
     payload = {
         "suspect": spelled(answer.suspect),
+        "fingerprint": answer.fingerprint,
         "verdict": answer.verdict,
         "changes": list(best.changes),
         "reference": {

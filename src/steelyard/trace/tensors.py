@@ -10,6 +10,7 @@ the rows that are asked for are read, and every byte is counted. Nothing is ever
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,7 @@ Rows = slice | IntArray | None
 
 MAX_READ = 4 << 30  # bytes of float32 that one `read` may make; the embedding of Llama 3.1 405B takes 8.4 GB
 MAX_SHARDS = 2_000  # safetensors files of one model
-_CHUNK = 4 << 20
+_CHUNK, _MARKED = 4 << 20, 4 << 10
 # Elements and bytes of a block.
 BLOCKS = {name: (elements, size) for name, elements, size in GGML_TYPES.values()}
 _PLAIN = {
@@ -78,8 +79,8 @@ class Tensors(Protocol):
     def raw(self, name: str, rows: Rows = None) -> Bytes:
         """The same rows as stored: [rows, bytes of a row]."""
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """The stored bytes, piece by piece."""
+    def chunks(self, name: str, size: int = _CHUNK) -> Iterator[memoryview]:
+        """The stored bytes, in pieces of at most `size`."""
 
 
 def open_tensors(path: Path) -> Tensors:
@@ -135,6 +136,16 @@ def split_fused(entries: Mapping[str, Entry]) -> dict[str, Entry]:
             found[part] = Entry(part, entry.dtype, (count, *entry.shape[1:]), entry.file, at, at + count * row)
             at += count * row
     return found
+
+
+def fingerprint(tensors: Tensors) -> str:
+    """By which a suspect is known again: SHA-256 over names, types, shapes and the first `_MARKED` bytes of each
+    tensor."""
+    state = hashlib.sha256()
+    for name, entry in sorted(tensors.entries.items()):
+        state.update(repr((name, entry.dtype, entry.shape)).encode())
+        state.update(next(tensors.chunks(name, _MARKED), b""))
+    return state.hexdigest()
 
 
 def real_path(path: Path) -> Path:
@@ -245,9 +256,9 @@ class _Stored:
         self.bytes_read += at
         return out
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
+    def chunks(self, name: str, size: int = _CHUNK) -> Iterator[memoryview]:
         entry = self.entries[name]
-        buffer, at = memoryview(bytearray(min(_CHUNK, entry.end - entry.start))), entry.start
+        buffer, at = memoryview(bytearray(min(size, entry.end - entry.start))), entry.start
         with open_regular(entry.file) as file:
             while at < entry.end:
                 got = os.preadv(file.fileno(), [buffer[: entry.end - at]], at)
@@ -334,10 +345,10 @@ class _Memory:
         found = np.ascontiguousarray(self.read(name, rows))
         return found.view(np.uint8).reshape(len(found), -1)
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
+    def chunks(self, name: str, size: int = _CHUNK) -> Iterator[memoryview]:
         data = np.ascontiguousarray(self._arrays[name]).tobytes()
         self.bytes_read += len(data)
-        yield memoryview(data)
+        yield from (memoryview(data[at : at + size]) for at in range(0, len(data), size))
 
 
 def in_memory(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Tensors:
