@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from suspects_made import SMALL, Weights, noised, permuted, put, references, rounded, weights, write
+from suspects_made import SMALL, Weights, noised, permuted, put, references, rounded, safetensors_bytes, weights, write
 
 from steelyard.trace.digests import cast
 from steelyard.trace.elsewhere import trace_elsewhere
@@ -161,6 +161,7 @@ def test_a_disguised_copy_is_derived_and_a_disguised_relative_is_not(
 ) -> None:
     found = related(disguise(OURS), registered)
     assert found["release"].verdict == DERIVED
+    assert nearest(list(found.values())) == found["release"]
     assert found["release"].log10_p < -15
     found = related(disguise(SIBLINGS), registered)
     assert (found["base"].verdict, found["release"].verdict) == (DERIVED, SIBLING)
@@ -280,3 +281,38 @@ def test_a_notice_of_what_was_made_from_the_release_lists_no_digest_of_the_bases
     assert "hashed tensors are ours to the byte" in found["release"].evidence[0]
     assert len(found["base"].digests) == 9  # the norms, which neither we nor they changed
     assert found["release"].digests == ()
+
+
+def _small(kind: str, one: np.ndarray) -> np.ndarray:
+    """A matrix's rows in a type of 8 bits, each of its own scale: what is stored."""
+    torch = pytest.importorskip("torch")
+    rows = one / np.abs(one).max(axis=1, keepdims=True)
+    if kind == "I8":
+        return np.round(rows * 127).astype(np.int8).view(np.uint8)
+    stored = torch.from_numpy(rows * 200).to(torch.float8_e4m3fn)
+    return np.asarray(stored.view(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize("kind", ["I8", "F8_E4M3"])
+def test_types_of_eight_bits_hide_nothing_and_make_no_copy(
+    kind: str, tmp_path: Path, registered: list[Reference]
+) -> None:
+    """The norms, which are the base's to the byte, are not all that is compared."""
+    for name, tensors, share, verdict, nearest_one in (
+        ("ours", noised(RELEASE, 0.01, seed=3), 1.0, DERIVED, "release"),
+        ("relative", noised(BASE, 0.01, seed=4), 0.0, SIBLING, "base"),
+    ):
+        header, data = {}, b""
+        for key, one in tensors.items():
+            small = key.endswith("_proj.weight")
+            raw = _small(kind, one).tobytes() if small else one.astype("<f4").tobytes()
+            places = [len(data), len(data) + len(raw)]
+            header[key] = {"dtype": kind if small else "F32", "shape": list(one.shape), "data_offsets": places}
+            data += raw
+        path = put(tmp_path / f"{name}.safetensors", safetensors_bytes(header, data))
+        (answer,) = trace_all(path, registered)
+        found = {one.name: one for one in answer.relations}
+        assert found["base"].verdict == DERIVED
+        assert found["release"].share == pytest.approx(share, abs=0.05)
+        if kind == "I8":  # an 8-bit float's own noise is more than the release's change, and may hide where it is from
+            assert (found["release"].verdict, answer.nearest.name) == (verdict, nearest_one)

@@ -207,3 +207,12 @@ def test_a_stranger_is_not_judged_under_anothers_sighting(release: Path, tmp_pat
         found = examine(ledger, sighted(ledger, release), release, stranger, scorer=Even())
         assert (found.judgement.verdict, found.weights) == ("undecided", None)
         assert "lineage" in found.judgement.why
+
+
+def test_a_copy_that_cannot_be_asked_is_judged_by_its_weights(release: Path, tmp_path: Path) -> None:
+    suspect = edited(release, tmp_path / "suspect")
+    (suspect / "chat_template.jinja").write_text("{% for one in range(99999999) %}x{% endfor %}")
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        found = examine(ledger, sighted(ledger, release), release, suspect, scorer=Even())
+    assert (found.judgement.verdict, found.behaviour) == ("uncensored by weight edit", None)
+    assert any(one.startswith("it could not be asked") for one in found.limits)

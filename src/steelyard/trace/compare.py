@@ -13,6 +13,7 @@ import numpy as np
 
 from steelyard.base.errors import FormatError
 from steelyard.base.progress import Progress
+from steelyard.model.headers import quote
 from steelyard.trace.digests import CASTS, REQUANTISED, Found, Stored, cast, requantised, stored_digests
 from steelyard.trace.independence import (
     Matched,
@@ -27,7 +28,7 @@ from steelyard.trace.independence import (
 from steelyard.trace.registry import Reference
 from steelyard.trace.roles import DOWN, EMBEDDING, GATE, KEY, QUERY, UP, Named, hugging_face, layer_name
 from steelyard.trace.signature import Rows, embedding_rows, finite, sampled_rows, signatures, some_neurons
-from steelyard.trace.tensors import BLOCKS, FLOATS, Float32, IntArray, Tensors, decode
+from steelyard.trace.tensors import BLOCKS, READABLE, Float32, IntArray, Tensors, decode
 
 FULL = 1 << 30  # bytes of weights up to which every tensor is hashed; of larger suspects only small tensors
 SMALL = 64 << 10
@@ -83,7 +84,7 @@ class Suspect:
         """The sampled rows of every tensor by Hugging Face name."""
         found = {}
         for name, entry in self.named.entries.items():
-            if entry.dtype in FLOATS and (len(entry.shape) < 2 or entry.shape[0] > 0):
+            if entry.dtype in READABLE and (len(entry.shape) < 2 or entry.shape[0] > 0):
                 index = sampled_rows(entry)
                 found[name] = Rows(index, finite(self.named.read(name, index), self.named.stored[name]))
         return found
@@ -115,7 +116,7 @@ class Suspect:
 @dataclass(frozen=True)
 class Bytes:
     """Suspect tensors whose bytes are ours, of how many hashed; by stored name what was found. `complete`: every
-    tensor was hashed, and none is of a quantised type, whose bytes no table holds."""
+    tensor was hashed, and none is of a quantised or smaller type, whose bytes no table holds."""
 
     found: Mapping[str, Sequence[Found]]
     hashed: int
@@ -142,7 +143,8 @@ def by_bytes(suspect: Suspect, reference: Reference) -> Bytes:
         for name, one in reordered.items():
             if name not in found and (hits := reference.table.find(one.sha256)):
                 found[name] = hits
-    return Bytes(found, len(suspect.digests), suspect.whole and not suspect.quantised, ours)
+    plain = all(entry.dtype in _PLAIN for entry in suspect.tensors.entries.values() if len(entry.shape) >= 2)
+    return Bytes(found, len(suspect.digests), suspect.whole and plain, ours)
 
 
 # --- by order
@@ -265,7 +267,9 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
     """
     model = suspect.named
     there = model.whole_layers
-    if not there or EMBEDDING not in model.stored or model.sizes.vocab <= int(reference.tokens[-1]):
+    if not there or EMBEDDING not in model.stored or model.entries[EMBEDDING].dtype not in READABLE:
+        return None
+    if model.sizes.vocab <= int(reference.tokens[-1]):
         return None
     chosen = sorted({there[len(there) * (2 * at + 1) // (2 * layers)] for at in range(layers)})
     neurons = some_neurons(reference.neurons, model.sizes.intermediate)
@@ -391,3 +395,22 @@ def requantised_share(suspect: Suspect, reference: Reference, layers: Mapping[in
             stored = suspect.tensors.raw(suspect.named.stored[name], our.index)
             shares.append(requantised(our.values, entry.dtype, stored))
     return float(np.mean(shares)) if shares else None
+
+
+def check_compared(suspect: Suspect) -> None:
+    """Nothing is said to be unrelated whose weights were not looked at. Raises FormatError for one of those."""
+    named, entries = suspect.named, suspect.tensors.entries
+    if not named.whole_layers:
+        raise FormatError(
+            f"no layer's gate and up rows are there, {named.sizes.hidden} wide, under a name that is known, and no "
+            "tensor is ours to the byte: give the whole model, under its usual names and not packed or transposed"
+        )
+    known = set(named.stored.values())
+    sizes = {name: one.end - one.start for name, one in entries.items()}
+    other = sum(size for name, size in sizes.items() if name not in known)
+    if other > sum(sizes.values()) / 2:
+        largest = max((name for name in sizes if name not in known), key=lambda name: sizes[name])
+        raise FormatError(
+            f"{other:,} of {sum(sizes.values()):,} bytes are in tensors of no known name, {quote(largest)} the "
+            "largest, and none is ours to the byte: give the model's own weights alone, under their usual names"
+        )

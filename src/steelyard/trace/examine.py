@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steelyard.base.errors import FormatError, UsageError
+from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.progress import Progress, Silent
 from steelyard.ledger.ledger import Event, Ledger
 from steelyard.model.headers import read_json_object
@@ -160,7 +160,10 @@ def _listen(
     prompts = commit_prompts(ledger, texts, spelled(str(suspect)))
     declined = refusals(ours, texts, scorer, progress=progress)
     said_no = [text for text, no in zip(texts, declined, strict=True) if no][:DRIFT_PROMPTS]
-    answers = refusals(theirs, texts, scorer, progress=progress)
+    try:
+        answers = refusals(theirs, texts, scorer, progress=progress)
+    except SteelyardError as error:  # a chat template that breaks, or tokens that the model does not have
+        return _Heard(prompts, limits=(f"it could not be asked: {error}",))
     drift = alike = own = None
     if said_no and theirs.tokenizer.vocab_size == ours.tokenizer.vocab_size:
         own = OwnAnswers(ours, said_no, phrases(DRIFT_PROMPTS)[1])

@@ -23,7 +23,6 @@ import numpy as np
 
 from steelyard.base.errors import FormatError
 from steelyard.base.progress import Progress, Silent
-from steelyard.model.headers import quote
 from steelyard.trace.attribution import Share, shares
 from steelyard.trace.compare import (
     Bytes,
@@ -34,6 +33,7 @@ from steelyard.trace.compare import (
     by_bytes,
     by_order,
     by_signature,
+    check_compared,
     paired_rows,
     requantised_share,
 )
@@ -50,11 +50,23 @@ LEVEL = -6.0  # log10 of the p-value, corrected for everything that was tried, f
 LEAST_AGREEING = 0.2  # share of neurons whose gate and up matchings must agree: independent models share 1-5% of theirs
 LIKE = 0.5  # cosine with the base's from which a tensor of a model that is related says what it was made from
 DISGUISED = 0.05  # of a base's size: what is left of the rows beyond base and releases, more than most fine-tunes do
+OWN = 0.5  # share of a release's own change from which it is named before its base, whatever the distances
 MOST_MERGED = 0.8  # of ours in a merge: a fine-tune leaves the weights their scale
 SHA256_LOG10 = -77.0  # two different tensors have one SHA-256 with probability 2^-256
 # Relative error that quantising LLaMA-like weights to a type makes, for types that cannot be made here.
 _QUANTISED_NOISE = {"Q6_K": 0.03, "Q5_K": 0.06, "Q4_K": 0.11, "Q3_K": 0.22, "Q2_K": 0.45}
-_TYPE_NOISE = {"BF16": 0.0018, "F16": 0.0003, "Q8_0": 0.008, "Q5_1": 0.05, "Q5_0": 0.06, "Q4_1": 0.09, "Q4_0": 0.11}
+_TYPE_NOISE = {
+    "BF16": 0.0018,
+    "F16": 0.0003,
+    "F8_E4M3": 0.04,
+    "F8_E5M2": 0.06,
+    "I8": 0.01,
+    "Q8_0": 0.008,
+    "Q5_1": 0.05,
+    "Q5_0": 0.06,
+    "Q4_1": 0.09,
+    "Q4_0": 0.11,
+}
 
 
 @dataclass(frozen=True)
@@ -114,14 +126,14 @@ def trace(
 
 
 def nearest(relations: Sequence[Relation]) -> Relation | None:
-    """The relation that answers the question: a copy before what was derived, of these the closest, and then the one
-    with most tensors to the byte."""
+    """The relation that answers the question: a copy before what was derived, of these a release whose own change is
+    mostly there before its base, then the closest, then the one with most tensors to the byte."""
     ranks = {EXACT: 0, SAME: 1, QUANTISED: 2, DERIVED: 2, SIBLING: 3}
     known = [one for one in relations if one.verdict in ranks]
     if not known:
         return None
     far = {id(one): math.inf if one.distance is None else one.distance for one in known}
-    return min(known, key=lambda one: (ranks[one.verdict], far[id(one)], -len(one.digests)))
+    return min(known, key=lambda one: (ranks[one.verdict], (one.share or 0) < OWN, far[id(one)], -len(one.digests)))
 
 
 def not_the_bases(relations: Sequence[Relation]) -> list[Relation]:
@@ -158,7 +170,7 @@ def relate(
         found.append(_look(suspect, reference, len(references)))
     related = [one for one in found if one.related]
     if found and not related:
-        _check_compared(suspect)
+        check_compared(suspect)
     _attribute(suspect, related)
     known = {one.reference.name: one for one in found}
     relations = []
@@ -179,25 +191,6 @@ def _own(relation: Relation, shared: Set[str]) -> Relation:
     if relation.kind == "base" or relation.verdict not in (QUANTISED, DERIVED):
         return relation
     return replace(relation, digests=tuple(one for one in relation.digests if one[1] not in shared))
-
-
-def _check_compared(suspect: Suspect) -> None:
-    """Nothing is said to be unrelated whose weights were not looked at. Raises FormatError for one of those."""
-    named, entries = suspect.named, suspect.tensors.entries
-    if not named.whole_layers:
-        raise FormatError(
-            f"no layer's gate and up rows are there, {named.sizes.hidden} wide, under a name that is known, and no "
-            "tensor is ours to the byte: give the whole model, under its usual names and not packed or transposed"
-        )
-    known = set(named.stored.values())
-    sizes = {name: one.end - one.start for name, one in entries.items()}
-    other = sum(size for name, size in sizes.items() if name not in known)
-    if other > sum(sizes.values()) / 2:
-        largest = max((name for name in sizes if name not in known), key=lambda name: sizes[name])
-        raise FormatError(
-            f"{other:,} of {sum(sizes.values()):,} bytes are in tensors of no known name, {quote(largest)} the "
-            "largest, and none is ours to the byte: give the model's own weights alone, under their usual names"
-        )
 
 
 @dataclass

@@ -16,7 +16,7 @@ import numpy as np
 
 from steelyard.base.errors import FormatError
 from steelyard.model.gguf import hugging_face_name
-from steelyard.trace.tensors import FLOATS, Entry, Float32, IntArray, Rows, Tensors
+from steelyard.trace.tensors import FLOATS, READABLE, Entry, Float32, IntArray, Rows, Tensors
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
@@ -79,7 +79,9 @@ class Named:
             layer
             for layer in self.layers
             if all(
-                (stored := self.stored.get(layer_name(layer, part))) is not None and shapes[stored].shape == like
+                (stored := self.stored.get(layer_name(layer, part))) is not None
+                and shapes[stored].shape == like
+                and shapes[stored].dtype in READABLE
                 for part in (GATE, UP)
             )
         ]

@@ -47,6 +47,7 @@ _PLAIN = {
     "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8",
 }  # fmt: skip
 FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")) | BLOCKS.keys()
+READABLE = FLOATS | {"I8"}  # a row of whole numbers is the weights' row but for its scale, which no cosine sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +225,7 @@ class _Stored:
 
     def read(self, name: str, rows: Rows = None) -> Float32:
         entry = self.entries[name]
-        if entry.dtype not in FLOATS:
+        if entry.dtype not in READABLE:
             raise FormatError(f"{entry.file}: tensor {quote(name)} is {entry.dtype}: not floating-point weights")
         if len(entry.shape) < 2:  # a quantised vector's elements are not rows of bytes
             whole = decode(self._bytes(entry, [(0, 1)], entry.end - entry.start), entry.dtype)
