@@ -263,6 +263,11 @@ def test_a_copy_laid_flat_is_found_by_its_bytes(tmp_path: Path, registered: list
     assert (answer.verdict, answer.nearest.name) == (SAME, "release")
 
 
+def test_a_tensor_that_no_loader_reads_does_not_hide_the_others(tmp_path: Path, registered: list[Reference]) -> None:
+    (answer,) = trace_all(write(tmp_path / "model", RELEASE | {"junk": np.array([np.nan], np.float32)}), registered)
+    assert (answer.verdict, answer.nearest.name) == (SAME, "release")
+
+
 def test_an_index_does_not_hide_the_model_beside_it(tmp_path: Path, registered: list[Reference]) -> None:
     folder = write(tmp_path / "model", RELEASE)
     write(folder / "decoy.safetensors", STRANGER)

@@ -65,10 +65,17 @@ class Suspect:
                 chosen.append(name)
                 spent += size
         found = stored_digests(self.tensors, chosen, progress=self.progress)
-        bad = sorted(name for name, one in found.items() if not one.finite)
+        bad = sorted(name for name, one in found.items() if not one.finite and self._computes(name))
         if bad:
             raise FormatError(f"not finite: {len(bad)} tensors hold NaN or infinity, {bad[0]!r} first")
-        return {name: one for name, one in found.items() if not one.common}
+        return {name: one for name, one in found.items() if one.finite and not one.common}
+
+    def _computes(self, name: str) -> bool:
+        """Whether the tensor is one that a model computes with, as far as names tell: loaders pass over any other."""
+        try:
+            return name in self.named.stored.values()
+        except FormatError:
+            return True
 
     @cached_property
     def reordered(self) -> Mapping[str, Stored]:
