@@ -263,6 +263,19 @@ def test_a_copy_laid_flat_is_found_by_its_bytes(tmp_path: Path, registered: list
     assert (answer.verdict, answer.nearest.name) == (SAME, "release")
 
 
+@pytest.mark.parametrize("rows", [8, 96])
+def test_layers_that_no_loader_runs_do_not_hide_the_others(rows: int, registered: list[Reference]) -> None:
+    random = np.random.default_rng(2)
+    decoys = {
+        mlp(layer, part): random.normal(size=(rows, 64)).astype(np.float32)
+        for layer in range(4, 40)
+        for part in ("gate", "up")
+    }
+    found = related(permuted(OURS) | decoys, registered)
+    assert found["release"].verdict == DERIVED
+    assert {one.verdict for one in related(STRANGER | decoys, registered).values()} == {UNRELATED}
+
+
 def test_a_tensor_that_no_loader_reads_does_not_hide_the_others(tmp_path: Path, registered: list[Reference]) -> None:
     (answer,) = trace_all(write(tmp_path / "model", RELEASE | {"junk": np.array([np.nan], np.float32)}), registered)
     assert (answer.verdict, answer.nearest.name) == (SAME, "release")

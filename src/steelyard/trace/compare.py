@@ -278,7 +278,14 @@ def by_signature(suspect: Suspect, reference: Reference, layers: int = SIGNATURE
         return None
     if model.sizes.vocab <= int(reference.tokens[-1]):
         return None
-    chosen = sorted({there[len(there) * (2 * at + 1) // (2 * layers)] for at in range(layers)})
+    chosen = sorted(
+        {
+            some[len(some) * (2 * at + 1) // (2 * layers)]
+            for some in (there, model.run_layers)
+            if some
+            for at in range(layers)
+        }
+    )
     neurons = some_neurons(reference.neurons, model.sizes.intermediate)
     pairs: dict[int, tuple[int, Matched]] = {}
     log10_p, cosines, same = 0.0, [], 0

@@ -429,7 +429,10 @@ def _signature_shares(suspect: Suspect, base: _Found, releases: Sequence[_Found]
     assert base.signature is not None
     theirs: list[Float32] = []
     ours: dict[str, list[Float32]] = {one.reference.name: [] for one in (base, *releases)}
+    most = max(matched.agreeing for _, matched in base.signature.pairs.values())
     for layer, (number, matched) in base.signature.pairs.items():
+        if 4 * matched.agreeing < most:  # not one of the base's layers: what agrees in it does so by chance
+            continue
         neurons = some_neurons(base.reference.neurons, suspect.named.sizes.intermediate)
         gate, up = suspect.signatures(layer, neurons, base.reference.tokens)
         for row, column in matched.pairs:

@@ -7,6 +7,7 @@ keeps interleaved (GGUF of architecture llama, Meta's) are read in Hugging Face'
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -85,6 +86,13 @@ class Named:
                 for part in (GATE, UP)
             )
         ]
+
+    @property
+    def run_layers(self) -> list[int]:
+        """Those of the whole layers that a loader would run, where the settings say how many: it passes over more."""
+        arch = self.tensors.config.get("general.architecture", "llama")
+        count = _hint(self.tensors, "num_hidden_layers", f"{arch}.block_count")
+        return [layer for layer in self.whole_layers if layer < count]
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -258,8 +266,11 @@ def _sizes(tensors: Tensors, stored: Mapping[str, str]) -> Sizes:
     layers = {int(name.split(".")[2]) for name in stored if name.startswith("model.layers.")}
 
     def shape(part: str) -> tuple[int, ...]:
-        """The shape that most layers have."""
-        found = Counter(shapes[layer_name(one, part)] for one in sorted(layers) if layer_name(one, part) in shapes)
+        """The shape in which most of the weights are."""
+        found: Counter[tuple[int, ...]] = Counter()
+        for one in sorted(layers):
+            if (name := layer_name(one, part)) in shapes:
+                found[shapes[name]] += math.prod(shapes[name])
         return found.most_common(1)[0][0] if found else (0, 0)
 
     gate, query, key = shape(GATE), shape(QUERY), shape(KEY)
