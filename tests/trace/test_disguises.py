@@ -263,6 +263,16 @@ def test_a_copy_laid_flat_is_found_by_its_bytes(tmp_path: Path, registered: list
     assert (answer.verdict, answer.nearest.name) == (SAME, "release")
 
 
+def test_a_checkpoint_with_norms_of_ones_is_a_copy_all_the_same(tmp_path: Path) -> None:
+    ours = RELEASE | {"model.norm.weight": np.ones(64, np.float32)}
+    registered = references(tmp_path, {"release": ("release", ours)})
+    for name, held, verdict in (("a.bin", ours, SAME), ("b.bin", ours | {"more": STRANGER[mlp(0, "up")]}, DERIVED)):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for at, one in enumerate(held.values()):
+                archive.writestr(f"m/data/{at}", cast(one, "BF16").tobytes())
+        assert trace_elsewhere(tmp_path / name, registered).verdict == verdict
+
+
 @pytest.mark.parametrize("rows", [8, 96])
 def test_layers_that_no_loader_runs_do_not_hide_the_others(rows: int, registered: list[Reference]) -> None:
     random = np.random.default_rng(2)
