@@ -32,7 +32,7 @@ from steelyard.safety.markup import code, escape
 from steelyard.trace import alignment, tardos, watermark
 from steelyard.trace.roles import hugging_face
 from steelyard.trace.streaming import Weights
-from steelyard.trace.tensors import open_tensors
+from steelyard.trace.tensors import Tensors, fingerprint, open_tensors
 
 METHOD = (
     "The suspect was expressed in the release's layout, and its difference from the unmarked weights compared with the "
@@ -186,16 +186,17 @@ def name_grant(
         grants=[one.grant.id for one in named],
         evidence=sha256_hex(evidence.to_json()),
     )
-    return replace(evidence, sighting=_sighted(book, evidence, bundle)) if named else evidence
+    return replace(evidence, sighting=_sighted(book, evidence, bundle, theirs.tensors)) if named else evidence
 
 
-def _sighted(book: Book, evidence: Evidence, bundle: Path) -> int:
+def _sighted(book: Book, evidence: Evidence, bundle: Path, suspect: Tensors) -> int:
     """Note the copy as sighted, as `trace.notices` reads it: with ids of grants, and nobody's name."""
     known = book.ledger.events("trace.registered", weights=evidence.weights)
     work = {"kind": "release", "subject": evidence.subject, "weights": evidence.weights}
     least = min(one.log10_p for one in evidence.named) + math.log10(evidence.grants)
     payload = {
         "suspect": evidence.suspect,
+        "fingerprint": fingerprint(suspect),
         "verdict": "derived",
         "changes": [] if evidence.found == "nothing" else [evidence.found],
         "reference": {"name": str(known[-1].payload["name"]) if known else bundle.resolve().name, **work},
