@@ -177,6 +177,7 @@ def test_a_code_seen_after_its_copy_names_nobody(leaked: tuple[Desk, list[str], 
 def test_from_a_name_to_a_notice(leaked: tuple[Desk, list[str], list[Path]], tmp_path: Path) -> None:
     """Whose copy it is becomes a sighting, from which a notice is written; both cite the grant, and nobody."""
     from steelyard.trace.notices import find_sighting, write_notice
+    from steelyard.trace.tensors import fingerprint, open_tensors
 
     desk, grants, copies = leaked[0].copy(tmp_path / "desk"), leaked[1], leaked[2]
     found = named(desk, copies[1])
@@ -185,6 +186,7 @@ def test_from_a_name_to_a_notice(leaked: tuple[Desk, list[str], list[Path]], tmp
         sighting = find_sighting(ledger, str(found.sighting))
         assert sighting.grants == (grants[1],)
         assert sighting.reference == "tiny"
+        assert sighting.fingerprint == fingerprint(open_tensors(copies[1])) != fingerprint(open_tensors(copies[0]))
         place = write_notice(ledger, sighting, "takedown", tmp_path / "notices", locations=["https://example.org/x"])
         payload = json.dumps(sighting.event.payload)
         assert sha256_hex(found.to_json()) in payload
