@@ -234,7 +234,7 @@ def test_a_shape_is_taken_at_its_word(folder: Path, tmp_path: Path) -> None:
         (("--epochs", 0), "--epochs 0: must be above 0"),
         (("--learning-rate", "-1e-5"), "--learning-rate -1e-05: must be above 0"),
         (("--steps", 2, "--warmup", 2), "--warmup 2"),
-        (("--dtype", "int3"), "--dtype int3: choose one of bfloat16, float32"),
+        (("--dtype", "int3"), "--dtype int3: choose one of auto, bfloat16, float32"),
         (("--lora-rank", 2, "--lora-targets", "x"), "LoRA targets x"),
     ],
 )
