@@ -22,6 +22,7 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from pydantic import Field, ValidationError, field_validator
@@ -93,9 +94,9 @@ class Person(Strict):
     @classmethod
     def _signer(cls, pem: str | None) -> str | None:
         try:
-            return (
-                None if pem is None else _spelled(pem, str(parse_signer(pem.encode(), "signs_with").keyval["public"]))
-            )
+            if pem is not None:
+                parse_signer(pem.encode(), "signs_with")
+            return None if pem is None else _spelled(pem, _pem(load_pem_public_key(pem.encode())))
         except (FormatError, UnicodeEncodeError) as error:
             raise ValueError(str(error)) from error
 
@@ -107,7 +108,7 @@ def _spelled(pem: str, alone: str) -> str:
     return pem
 
 
-def _pem(key: X25519PublicKey) -> str:
+def _pem(key: PublicKeyTypes) -> str:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
