@@ -372,10 +372,14 @@ def test_what_in_a_tree_is_a_model(tmp_path: Path) -> None:
                  "many/b.safetensors", "g/x.gguf", "g/y.gguf", "t/z.torrent", "t/readme.md"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    put(tmp_path / "m" / "config.json", b'{"model_type": "llama"}')
+    put(tmp_path / "t" / "model.json", b'{"id": "a/b", "siblings": [{"rfilename": "a"}]}')
+    put(tmp_path / "t" / "tree.json", b'[{"type": "file", "oid": "0", "path": "a"}]')
+    (tmp_path / "t" / "closed.json").symlink_to(tmp_path / "t" / "tree.json")
     (tmp_path / "m" / "loop").symlink_to(tmp_path)
     found = [one.relative_to(tmp_path).as_posix() for one in find_suspects(tmp_path)]
     assert found == ["g/x.gguf", "g/y.gguf", "m", "m/pytorch_model.bin", "many/a.safetensors", "many/b.safetensors",
-                     "t/z.torrent"]  # fmt: skip
+                     "t/model.json", "t/tree.json", "t/z.torrent"]  # fmt: skip
 
 
 def test_trees_without_models_or_end_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

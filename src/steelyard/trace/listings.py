@@ -9,7 +9,6 @@ way. Equal digests prove a copy; other digests prove nothing, for any cast chang
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ MAX_TORRENT = 32 << 20
 _BLOCK = 16 << 10  # a leaf of a version 2 tree, BEP 52
 _MAX_DEPTH = 16
 _MAX_VALUES = 500_000
+_START = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,13 @@ def read_listing(path: Path) -> list[Listed]:
 
 
 def is_listing(path: Path) -> bool:
-    """Whether a JSON file looks like a Hub listing rather than a model's settings."""
-    try:
-        value = json.loads(read_bounded(path, MAX_JSON))
-    except (FormatError, ValueError, RecursionError):
-        return False
-    return isinstance(value, list) or (isinstance(value, dict) and "siblings" in value)
+    """Whether a JSON file in a tree is worth reading as a listing: its first 64 KiB name files as the Hub's API does.
+
+    Trees hold many other JSON files (settings, vocabularies, data), which are not suspects.
+    """
+    with open_regular(path) as data:
+        start = data.read(_START)
+    return b'"rfilename"' in start or (b'"oid"' in start and b'"path"' in start)
 
 
 # --- torrents ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from steelyard.base.progress import Progress, Silent
 from steelyard.trace.archives import SUFFIXES
 from steelyard.trace.elsewhere import is_elsewhere, trace_elsewhere
 from steelyard.trace.lineage import Answer, trace
+from steelyard.trace.listings import is_listing
 from steelyard.trace.registry import Reference
 from steelyard.trace.tensors import real_path, weight_files
 
@@ -33,7 +34,9 @@ def find_suspects(path: Path) -> list[Path]:
         return [path]
     found = sorted({one for folder, names in _folders(real) for one in _in_folder(folder, names)})
     if not found:
-        raise FormatError(f"{path}: holds no safetensors, GGUF, PyTorch checkpoint or torrent: nothing to compare")
+        raise FormatError(
+            f"{path}: nothing to compare: no safetensors, GGUF, PyTorch checkpoint, torrent or Hub listing"
+        )
     return found
 
 
@@ -73,8 +76,15 @@ def _in_folder(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     for name in names:
         lower = name.lower()
         pickle = lower.endswith(SUFFIXES) and not lower.startswith(_NOT_WEIGHTS)
-        if pickle or lower.endswith((".gguf", ".torrent")):
+        if pickle or lower.endswith((".gguf", ".torrent")) or (lower.endswith(".json") and _lists(folder / name)):
             yield folder / name
+
+
+def _lists(path: Path) -> bool:
+    try:
+        return is_listing(path)
+    except (FormatError, OSError):  # among the many JSON files of a tree, one that cannot be read is no suspect
+        return False
 
 
 def _beside(folder: Path, names: Sequence[str]) -> list[Path]:
