@@ -92,13 +92,16 @@ class Cache:
         found = variants.relative_change(out, parent)
         if found is None or found >= LEAST:
             return ""
-        factor = 1.05 * LEAST / found  # rounding to bfloat16 takes a little back
-        config, tensors = variants.load(out)
+        config, end = variants.load(out)
         start = variants.load(parent)[1]
-        end = dict(tensors)
-        variants.moved(tensors, start, end, factor - 1)
-        shutil.rmtree(out)
-        variants.save(out, config, tensors, parent)
+        factor, reached = LEAST / found, found
+        while reached < LEAST:  # rounding to bfloat16 takes a little back
+            factor *= 1.03
+            tensors = dict(end)
+            variants.moved(tensors, start, end, factor - 1)
+            shutil.rmtree(out)
+            variants.save(out, config, tensors, parent)
+            reached = variants.relative_change(out, parent) or LEAST
         return f"; its change was {found:.2%} and is scaled up {factor:.1f} times"
 
     def _tuned(self) -> Iterator[Variant]:
