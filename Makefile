@@ -52,7 +52,7 @@ bench-%: $(VENV)/.peer
 	@$(BIN)/steelyard run recipes/quickstart.yaml --until import >/dev/null
 	@PYTHONPATH=$(VENV)/peer $(BIN)/python benchmarks/$*.py $$(ls -td .steelyard/models/import-* | head -1)
 
-# The models that the trace benchmarks look at, built once from the quickstart's (hours, 5 GB).
+# The models that the trace benchmarks look at, built once from the quickstart's (an hour, 6 GB).
 trace-models: $(VENV)/.models
 	@$(BIN)/steelyard run recipes/quickstart.yaml --until align >/dev/null
 	@$(BIN)/python benchmarks/trace_models.py $$(ls -td .steelyard/models/import-* | head -1) \
