@@ -194,6 +194,31 @@ def test_processes_at_once_lose_and_break_nothing(path: Path) -> None:
             assert [event.payload["number"] for event in ledger.events("work", who=str(who))] == list(range(50))
 
 
+def test_what_comes_between_a_check_and_its_event_is_checked_too(path: Path) -> None:
+    asked: list[int] = []
+    with Ledger(path) as ledger, Ledger(path) as other:
+
+        def check() -> None:
+            asked.append(len(ledger.events("revoked")))
+            if asked[-1]:
+                raise SteelyardError("revoked")
+            if len(asked) == 2:
+                other.append("revoked", {})
+
+        ledger.append("sent", {}, check=check)
+        with pytest.raises(SteelyardError, match="revoked"):
+            ledger.append("sent", {}, check=check)
+        assert asked == [0, 0, 1]
+        assert [event.kind for event in ledger.events()] == ["sent", "revoked"]
+
+        def always_late() -> None:
+            other.append("busy", {})
+
+        with pytest.raises(SteelyardError, match="too many writers"):
+            ledger.append("sent", {}, check=always_late)
+        assert not ledger.events("sent")[1:]
+
+
 def test_kill_during_appends_keeps_what_was_acknowledged(path: Path) -> None:
     marks: list[str] = []
     for round_ in range(5):

@@ -214,6 +214,9 @@ def test_a_sealed_file_that_holds_much_of_nothing(tmp_path: Path, version: str) 
 def _headers(kind: str) -> bytes:
     """Headers that make the reader of a tar fail otherwise than with an error of its own."""
     info = tarfile.TarInfo("LICENSE")
+    if kind in ("long header", "all of it"):  # bytes that tarfile would hold in memory
+        info.type, info.size = tarfile.XHDTYPE, 1 << 20 if kind == "long header" else 8 << 30
+        return info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 21)
     if kind == "nested":
         info.type = tarfile.GNUTYPE_LONGNAME
         return info.tobuf(tarfile.GNU_FORMAT) * 2000
@@ -224,7 +227,7 @@ def _headers(kind: str) -> bytes:
     return bytes(block) + bytes(2048)
 
 
-@pytest.mark.parametrize("kind", ["nested", "negative", "enormous"])
+@pytest.mark.parametrize("kind", ["nested", "negative", "enormous", "long header", "all of it"])
 def test_a_sealed_tar_with_hostile_headers(tmp_path: Path, kind: str) -> None:
     box = X25519PrivateKey.generate()
     (tmp_path / "sealed").write_bytes(seal(_headers(kind), box.public_key()))

@@ -22,6 +22,7 @@ from scenario import PASSPHRASE
 from securesystemslib.signer import CryptoSigner
 
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
+from steelyard.ledger.ledger import Event, Ledger
 from steelyard.release import grant_deliver
 from steelyard.release.grant_deliver import mark_only
 from steelyard.release.grant_sealed import SealedWriter
@@ -528,6 +529,40 @@ def test_what_is_granted_is_not_published_unmarked(desk: Desk, tmp_path: Path) -
     with desk.chain.ledger() as ledger, pytest.raises(SteelyardError, match="not published unmarked"):
         publish(desk.bundle, str(tmp_path / "site"), check=check, ledger=ledger)
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize("second", ["release.publishing", "grant.issued"])
+def test_granted_and_published_at_the_same_moment(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    """Whichever comes second in the ledger is refused, however early it had looked."""
+    from steelyard.release.publish import publish
+
+    def check(folder: Path) -> Any:
+        return verify_bundle(folder, trust=desk.trust)
+
+    def beaten(ledger: Ledger, kind: str, payload: dict[str, Any], **options: Any) -> Event:
+        if kind == second:
+            monkeypatch.setattr(Ledger, "append", append)
+            options["check"]()
+            first = "grant.issued" if kind == "release.publishing" else "release.published"
+            append(ledger, first, {"weights": desk.sealed().wanted.weights, "grant": "g-" + "0" * 16})
+        return append(ledger, kind, payload, **options)
+
+    request = desk.request()
+    desk.review(request.id, "bob")
+    desk.review(request.id, "carol")
+    append = Ledger.append
+    monkeypatch.setattr(Ledger, "append", beaten)
+    if second == "release.publishing":
+        with desk.chain.ledger() as ledger, pytest.raises(SteelyardError, match="not published unmarked"):
+            publish(desk.bundle, str(tmp_path / "site"), check=check, ledger=ledger)
+        assert not (tmp_path / "site").exists()
+    else:
+        with pytest.raises(SteelyardError, match="cannot be granted"):
+            desk.issue(request.id)
+    with desk.chain.ledger() as ledger:
+        assert not ledger.events(second)
 
 
 def test_one_recipients_copy_is_not_published(desk: Desk, tmp_path: Path) -> None:

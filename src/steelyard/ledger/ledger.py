@@ -13,7 +13,7 @@ import re
 import secrets
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -137,10 +137,12 @@ class Ledger:
 
     # -- events ------------------------------------------------------------------------------------------------------
 
-    def append(self, kind: str, payload: dict[str, Any]) -> Event:
+    def append(self, kind: str, payload: dict[str, Any], *, check: Callable[[], None] | None = None) -> Event:
         """Add one event at the end; it is on the disk when this returns.
 
         `payload` is a JSON object (no NaN, no infinity, text that UTF-8 can spell), else ValueError or TypeError.
+        `check` reads this ledger and raises what forbids the event; it is asked again where another event came between
+        its answer and this one.
         """
         if not kind:
             raise ValueError("an event needs a kind")
@@ -152,19 +154,31 @@ class Ledger:
         if self.read_only:
             raise SteelyardError(f"{self.where}: opened for reading, or in a place that cannot be written")
         for attempt in range(_ATTEMPTS):
+            seen = None
+            if check is not None:
+                seen = self._next()
+                check()
             try:
                 with self._reported(), self._writing() as connection:
-                    return self._append(connection, kind, plain, text)
+                    return self._append(connection, kind, plain, text, seen)
             except _CollisionError:
                 # Elsewhere than on SQLite two writers can pick the same number: the primary key lets one of them win.
                 if attempt == _ATTEMPTS - 1:
                     raise SteelyardError(f"{self.where}: too many writers at once, try again") from None
         raise AssertionError("unreachable")
 
-    def _append(self, connection: sa.Connection, kind: str, payload: dict[str, Any], text: str) -> Event:
+    def _next(self) -> int:
+        head = self.head()
+        return 1 if head is None else head.seq + 1
+
+    def _append(
+        self, connection: sa.Connection, kind: str, payload: dict[str, Any], text: str, checked: int | None
+    ) -> Event:
         last = connection.execute(_EVENTS.select().order_by(_EVENTS.c.seq.desc()).limit(1)).first()
         head = None if last is None else self._event(last)
         seq, previous = (1, GENESIS) if head is None else (head.seq + 1, head.hash)
+        if checked not in (None, seq):
+            raise _CollisionError
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         event = Event(seq, now, kind, payload, previous, event_hash(seq, now, kind, payload, previous))
         values = {"seq": seq, "time": now, "kind": kind, "payload": text, "previous": previous, "hash": event.hash}
@@ -324,7 +338,7 @@ def _strange(connection: sa.Connection) -> list[str]:
 
 
 class _CollisionError(Exception):
-    """Two writers took the same number."""
+    """Two writers took the same number, or one came between a check and its event."""
 
 
 def _parse_mark(mark: str) -> tuple[int, str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -218,9 +218,9 @@ class Book:
         """Events of a kind, oldest first."""
         return self.ledger.events(f"grant.{kind}", **payload)
 
-    def note(self, kind: str, **payload: Any) -> None:
-        """Add an event: ids, digests, times."""
-        self.ledger.append(f"grant.{kind}", payload)
+    def note(self, kind: str, check: Callable[[], None] | None = None, /, **payload: Any) -> None:
+        """Add an event: ids, digests, times; where nothing that `check` finds in the ledger forbids it."""
+        self.ledger.append(f"grant.{kind}", payload, check=check)
 
 
 def refuse_released(ledger: Ledger, wanted: Wanted) -> None:

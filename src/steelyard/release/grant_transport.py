@@ -12,6 +12,7 @@ from __future__ import annotations
 import tarfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
@@ -30,6 +31,18 @@ from steelyard.release.grant_verify import CopyVerification
 from steelyard.release.statements import stamp
 
 _BLOCK = 1 << 20
+_HEADER_LIMIT = 1 << 16  # bytes; a header of `pack`'s says the size of a file of 8 GiB or more, and no more
+
+
+class _Member(tarfile.TarInfo):
+    """A member none of whose headers is large: tarfile reads each whole into memory, of whatever size it says it is."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type != tarfile.REGTYPE and not 0 <= info.size <= _HEADER_LIMIT:
+            raise tarfile.HeaderError(f"a header of {info.size:,} bytes")
+        return info
 
 
 def pack(folder: Path, out: Path, public: X25519PublicKey, progress: Progress | None = None) -> None:
@@ -58,7 +71,7 @@ def unpack(sealed: Path, private: X25519PrivateKey, out: Path) -> Path:
         reader = SealedReader(file, private, where)
         seen: set[str] = set()
         try:
-            with tarfile.open(fileobj=reader, mode="r|", bufsize=_BLOCK) as tar:
+            with tarfile.open(fileobj=reader, mode="r|", bufsize=_BLOCK, tarinfo=_Member) as tar:
                 for member in tar:
                     if not _plain(member) or not may_hold(member.name) or member.name in seen:
                         raise FormatError(f"{where}: holds {member.name[:80]!r}: not a file that a copy holds, once")

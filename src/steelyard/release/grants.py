@@ -189,6 +189,7 @@ def issue(
             write_atomic(folder / name, data)
         book.note(
             "issued",
+            lambda: refuse_released(book.ledger, wanted),  # publishing does not wait for this lock
             **commitment.model_dump(mode="json", exclude={"format", "request", "reviews", "retain_days"}),
             request=request.id,
             commitment=sha256_hex(commitment.to_bytes()),

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -147,13 +148,13 @@ def publish(
     if where.folder is not None and where.folder.resolve().is_relative_to(bundle.resolve()):
         raise UsageError(f"--to {to}: lies in the bundle: choose a place outside of it")
     release = verified_release(bundle, check)
-    _refuse_withdrawn(release, ledger)
-    _refuse_granted(release, ledger, datetime.now(UTC))
-    _refuse_half_tested(release, ledger)
     known: dict[str, Any] = {"destination": where.text, "manifest": release.manifest}
     named = {"name": release.name, "weights": release.weights}
-    if not ledger.events("release.publishing", **known):
-        ledger.append("release.publishing", {**known, **named, "started": _now()})
+    refuse = partial(_refuse, release, ledger)
+    if ledger.events("release.publishing", **known):
+        refuse()
+    else:
+        ledger.append("release.publishing", {**known, **named, "started": _now()}, check=refuse)
     if where.folder is not None:
         from steelyard.release.publish_folder import publish_folder
 
@@ -172,6 +173,13 @@ def publish(
         done = {"started": began, "finished": _now(), "recipient": recipient}
         ledger.append("release.published", {**known, **named, **done, **settings})
     return published
+
+
+def _refuse(release: Release, ledger: Ledger) -> None:
+    """Raises SteelyardError where the ledger forbids that this release goes out."""
+    _refuse_withdrawn(release, ledger)
+    _refuse_granted(release, ledger, datetime.now(UTC))
+    _refuse_half_tested(release, ledger)
 
 
 def _refuse_withdrawn(release: Release, ledger: Ledger) -> None:
