@@ -70,7 +70,11 @@ def test_the_whole_way(run: Run, desk: Desk, tmp_path: Path) -> None:
     grant = json.loads(run("grant", "issue", request, *trust, "--json"))["grant"]
     copy, key = ("grant", "deliver", grant, *release, "--to", tmp_path / "copy"), ("--key", "dora", *trust)
     assert "countersign it first" in run(*copy, *key, code=1)
-    run("grant", "countersign", grant, "--key", "fay")
+    asked = run("grant", "countersign", grant, "--key", "fay", code=2)
+    assert "code's commitment" in asked
+    assert "give --yes" in asked
+    assert "Ada" not in asked
+    run("grant", "countersign", grant, "--key", "fay", "--yes")
     assert "sealed to the recipient" in run(*copy, *key)
     run("grant", "open", tmp_path / "copy", "--key-file", tmp_path / "box.key.pem", "--to", tmp_path / "mine")
     said = run("grant", "verify", tmp_path / "mine", *trust)
@@ -112,7 +116,7 @@ def test_the_publics_copy(run: Run, desk: Desk, tmp_path: Path) -> None:
     for name in ("bob", "carol"):
         assert "the public" in run("grant", "review", request, "--key", name, *trust, "--yes")
     grant = json.loads(run("grant", "issue", request, *trust, "--json"))["grant"]
-    run("grant", "countersign", grant, "--key", "fay")
+    run("grant", "countersign", grant, "--key", "fay", "--yes")
     assert "nothing of it was tested" in run("grant", "mark", grant, *release, "--to", tmp_path / "marked", *trust)
     to = ("--to", tmp_path / "copy", "--key", "dora", *trust)
     assert "a test of its own" in run("grant", "deliver", grant, *release, *to, code=1)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from steelyard.base.errors import SteelyardError, UsageError
-from steelyard.cli.options import WORKSPACE, Keys, PassphraseFile, Workspace, existing_folder
-from steelyard.cli.output import one_line, passphrase
+from steelyard.cli.options import WORKSPACE, Keys, PassphraseFile, Workspace, Yes, existing_folder
+from steelyard.cli.output import agree, one_line, passphrase
 
 
 def countersign(
@@ -29,7 +28,7 @@ def countersign(
         Path | None,
         typer.Option(help="The model folder, if you have it: is it the committed one?", callback=existing_folder),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")] = False,
+    yes: Yes = False,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
@@ -57,8 +56,7 @@ def countersign(
         if subject_of(model, default_progress()).digest != found.subject:
             raise SteelyardError(f"{model}: is not the model that is committed to, subject {found.subject}")
         print(one_line(f"the model in {model} is that subject"))
-    if not yes and not _agreed():
-        raise SteelyardError("not countersigned")
+    agree(yes, "Countersign this?")
     if key is not None:
         made = sign(data, load_signer(keys or workspace / "keys", key, passphrase(passphrase_file)))
     else:
@@ -68,9 +66,3 @@ def countersign(
     with new_file(target) as file:
         file.write_bytes(made)
     print(one_line(f"countersigned: {target}; it belongs beside the run's {COMMITMENT}, and then the run can go on"))
-
-
-def _agreed() -> bool:
-    if not os.isatty(0):
-        raise UsageError("no terminal to ask on: read the above, then give --yes")
-    return input("Countersign this? [y/N] ").strip().lower() in ("y", "yes")

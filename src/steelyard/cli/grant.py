@@ -20,16 +20,16 @@ from steelyard.cli.granting import (
     Retain,
     SigningKey,
     SigningPassphrase,
-    agree,
     book_of,
     licence_text,
     open_ledger,
     opened,
+    print_grant,
     print_request,
     signing,
 )
-from steelyard.cli.options import WORKSPACE, AsJSON, Keys, PassphraseFile, Workspace, existing_file
-from steelyard.cli.output import one_line, passphrase, print_json, print_table
+from steelyard.cli.options import WORKSPACE, AsJSON, Keys, PassphraseFile, Workspace, Yes, existing_file
+from steelyard.cli.output import agree, one_line, passphrase, print_json, print_table
 
 if TYPE_CHECKING:
     from steelyard.release.grant_request import Sealed
@@ -226,7 +226,7 @@ def review(
     trust: OwnTrust,
     decision: Annotated[Decision, typer.Option(help="Your word.")] = Decision.approve,
     days: Annotated[int, typer.Option(min=1, max=3650, help="How long the grant may last; the fewest count.")] = 365,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")] = False,
+    yes: Yes = False,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
@@ -281,11 +281,12 @@ def countersign(
     timestamp_authority: Annotated[
         list[Path] | None, typer.Option(help="That authority's root certificate (PEM); may be repeated.")
     ] = None,
+    yes: Yes = False,
     keys: Keys = None,
     workspace: Workspace = WORKSPACE,
     passphrase_file: PassphraseFile = None,
 ) -> None:
-    """A witness's part: sign that the code's commitment is there, or have it time-stamped, before the copy is made."""
+    """A witness's part: show what a grant commits to and sign it, or have it time-stamped, before the copy is made."""
     from steelyard.release.grants import countersign as add
     from steelyard.release.timestamps import load_roots
 
@@ -293,6 +294,8 @@ def countersign(
         raise UsageError("give --key NAME (you are the witness), or --timestamp-url URL (an authority is)")
     with open_ledger(workspace) as ledger:
         book = book_of(workspace, ledger)
+        print_grant(book.grant(grant, datetime.now(UTC)))
+        agree(yes, "Countersign this?")
         if key is not None:
             path = add(book, grant, signer=signing(keys or workspace / "keys", key, passphrase_file)[0])
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
 
     from steelyard.ledger.ledger import Ledger
-    from steelyard.release.grant_book import Book, Request
+    from steelyard.release.grant_book import Book, Grant, Request
     from steelyard.release.grant_request import Sealed
     from steelyard.release.keys import KeyInfo
 
@@ -90,11 +89,9 @@ def print_request(request: Request, sealed: Sealed) -> None:
     print_table(f"Request {request.id}", ("what", "value"), rows)
 
 
-def agree(yes: bool, question: str) -> None:
-    """Ask on a terminal. Raises UsageError where there is none, or the answer is no."""
-    if yes:
-        return
-    if not os.isatty(0):
-        raise UsageError("no terminal to ask on: read the above, then give --yes")
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UsageError("not done")
+def print_grant(grant: Grant) -> None:
+    """What a witness countersigns; nothing of who asked."""
+    rows = [("weights", grant.wanted.weights), ("subject", grant.wanted.subject), ("request", grant.request)]
+    rows += [("code's commitment", grant.code), ("commitment", grant.commitment)]
+    rows += [("issued", f"{grant.issued:%Y-%m-%d %H:%M:%SZ}"), ("expires", f"{grant.expires:%Y-%m-%d}")]
+    print_table(f"Grant {grant.id}", ("what", "value"), rows)

@@ -28,6 +28,7 @@ ModelFolder = Annotated[Path, typer.Argument(help="A model folder.", callback=ex
 Workspace = Annotated[
     Path, typer.Option(help="Where the ledger, imported models, runs and the cache live.", envvar="STEELYARD_WORKSPACE")
 ]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Machine-readable output; progress as JSON lines on stderr.")]
 PassphraseFile = Annotated[
     Path | None, typer.Option(help="File holding the key's passphrase (else STEELYARD_PASSPHRASE, else a prompt).")

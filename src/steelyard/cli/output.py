@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steelyard.base.errors import UsageError
+from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.progress import one_line as one_line
 
 if TYPE_CHECKING:
@@ -75,6 +75,16 @@ def print_paused(paused: Paused, *, as_json: bool) -> None:
 
 def _bound(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
+
+
+def agree(yes: bool, question: str) -> None:
+    """Ask on a terminal, unless it is a `yes` already. Raises SteelyardError for a no, UsageError without terminal."""
+    if yes:
+        return
+    if not os.isatty(0):
+        raise UsageError("no terminal to ask on: read the above, then give --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise SteelyardError("not done: the answer was no")
 
 
 def passphrase(file: Path | None, *, confirm: bool = False) -> bytes:
