@@ -46,7 +46,7 @@ def test_a_notice_is_written_and_its_steps_are_noted(workspace: Path) -> None:
     [
         (["1", "--kind", "revenge", "--location", "x"], "a notice is one of takedown, withdrawal, abuse"),
         (["1", "--kind", "takedown"], "names no location"),
-        (["2", "--kind", "takedown"], "no sightings are meant"),
+        (["2", "--kind", "takedown"], "is no sighting"),
         (["1", "--kind", "takedown", "--step", "sent"], "give --kind to write a notice, or --step"),
         (["1", "--kind", "takedown", "--location", "\udcff"], "is no UTF-8"),
         (["1", "--kind", "abuse", "--location", "x", "--reason", "\udcff"], "is no UTF-8"),

@@ -193,7 +193,7 @@ def test_sightings_are_found_by_number_and_hash(ledger: Ledger) -> None:
     assert find_sighting(ledger, str(event.seq)).event == event
     assert find_sighting(ledger, event.hash[:12]).event == event
     for wrong in ("1", "999", "0" * 12):
-        with pytest.raises(UsageError, match="sightings are meant"):
+        with pytest.raises(UsageError, match="is no sighting"):
             find_sighting(ledger, wrong)
     with pytest.raises(UsageError, match="by its number"):
         find_sighting(ledger, "../etc")

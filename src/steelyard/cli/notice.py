@@ -16,7 +16,10 @@ def notice(
     sighting: Annotated[str, typer.Argument(help="A sighting's number in the ledger, or its event's hash.")],
     kind: Annotated[str | None, typer.Option(help="takedown, withdrawal or abuse.")] = None,
     reason: Annotated[str, typer.Option(help="Why it was withdrawn, or what the abuse is; stands in the notice.")] = "",
-    location: Annotated[list[str] | None, typer.Option(help="One more place of the copy; may be repeated.")] = None,
+    location: Annotated[
+        list[str] | None,
+        typer.Option(help="Where the copy is (URL), besides what the sighting names; may be repeated."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the notices.")] = Path("notices"),
     step: Annotated[
         str | None, typer.Option(help="Instead: note what became of it: sent, answered, removed, refused or closed.")

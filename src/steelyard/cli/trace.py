@@ -15,6 +15,7 @@ from steelyard.cli.options import WORKSPACE, AsJSON, PassphraseFile, Workspace, 
 from steelyard.cli.output import one_line, print_json, print_table
 
 if TYPE_CHECKING:
+    from steelyard.ledger.ledger import Event
     from steelyard.trace.lineage import Answer
 
 
@@ -76,7 +77,8 @@ def suspect(
         answers = trace_all(path, references, full=full, progress=default_progress(as_json=as_json))
         sightings = [record(ledger, answer, references) for answer in answers]
     if as_json:
-        print_json([asdict(one) | {"sighting": mark} for one, mark in zip(answers, sightings, strict=True)])
+        numbers = [seen and seen.seq for seen in sightings]
+        print_json([asdict(one) | {"sighting": number} for one, number in zip(answers, numbers, strict=True)])
     else:
         _print(answers, sightings)
     if all(one.verdict == UNREADABLE for one in answers):
@@ -132,11 +134,14 @@ def shuffle(
     print(one_line(f"shuffled: {out}, subject {after.digest}; order committed as {commitment}: test this one"))
 
 
-def _print(answers: Sequence[Answer], sightings: Sequence[str | None]) -> None:
+def _print(answers: Sequence[Answer], sightings: Sequence[Event | None]) -> None:
     from steelyard.trace.lineage import UNRELATED
 
     if len(answers) > 1:
-        print_table("Suspects", ("suspect", "p", "MB read", "s", "verdict"), [_row(one) for one in answers])
+        rows = [
+            (*_row(one), "" if seen is None else str(seen.seq)) for one, seen in zip(answers, sightings, strict=True)
+        ]
+        print_table("Suspects", ("suspect", "p", "MB read", "s", "verdict", "sighting"), rows)
         return
     answer = answers[0]
     rows = [
@@ -155,8 +160,8 @@ def _print(answers: Sequence[Answer], sightings: Sequence[str | None]) -> None:
     best = answer.nearest
     said = _verdict(best) + f" of {best.name}" if best is not None else answer.verdict
     print(one_line(f"{said}; {answer.bytes_read / 1e6:,.1f} MB read in {answer.seconds:.1f} s"))
-    if sightings[0] is not None:
-        print(f"sighting {sightings[0]}")
+    if (seen := sightings[0]) is not None:
+        print(f"sighting {seen.seq}; next: steelyard notice {seen.seq} --kind takedown --location URL")
 
 
 def _row(answer: Answer) -> tuple[str, ...]:

@@ -90,6 +90,7 @@ class HubClient:
     def __init__(self, repository: str, progress: Progress) -> None:
         try:
             import huggingface_hub
+            import huggingface_hub.constants  # not loaded with it
         except ImportError:
             raise require_extra("huggingface_hub", "models") from None
         self.repository, self._progress = repository, progress

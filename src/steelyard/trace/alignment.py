@@ -138,7 +138,9 @@ def _rotation(reference: Mapping[str, Array], suspect: Mapping[str, Array]) -> A
 
 def _finite(tensor: Array, name: str) -> Array:
     if not np.isfinite(tensor).all():
-        raise FormatError(f"{name}: the suspect holds NaN or infinite weights: it cannot be aligned: fetch it again")
+        raise FormatError(
+            f"{name}: the suspect holds NaN or infinite weights: it cannot be aligned: fetch it again; if it is so everywhere, write 0 for them in a copy"
+        )
     return tensor
 
 

@@ -25,6 +25,7 @@ MAX_TORRENT = 32 << 20
 _BLOCK = 16 << 10  # a leaf of a version 2 tree, BEP 52
 _MAX_DEPTH = 16
 _MAX_VALUES = 500_000
+_NAMED, _PATH, _OID = (re.compile(rb'"%s"\s*:\s*"' % word) for word in (b"rfilename", b"path", b"oid"))
 _START = 64 << 10
 
 
@@ -84,11 +85,12 @@ def read_listing(path: Path) -> list[Listed]:
 def is_listing(path: Path) -> bool:
     """Whether a JSON file in a tree is worth reading as a listing: its first 64 KiB name files as the Hub's API does.
 
-    Trees hold many other JSON files (settings, vocabularies, data), which are not suspects.
+    Trees hold many other JSON files (settings, data, vocabularies, in which the same words are tokens), which are not
+    suspects.
     """
     with open_regular(path) as data:
         start = data.read(_START)
-    return b'"rfilename"' in start or (b'"oid"' in start and b'"path"' in start)
+    return bool(_NAMED.search(start)) or (bool(_PATH.search(start)) and bool(_OID.search(start)))
 
 
 # --- torrents ---------------------------------------------------------------------------------------------------------

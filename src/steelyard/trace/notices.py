@@ -149,7 +149,8 @@ def find_sighting(ledger: Ledger, named: str) -> Sighting:
         raise UsageError(f"{named!r}: name a sighting by its number in the ledger, or by its event's hash")
     if len(found) != 1:
         known = ", ".join(str(event.seq) for event in seen[-10:]) or "none"
-        raise UsageError(f"{named}: {len(found) or 'no'} sightings are meant (the ledger's last: {known})")
+        said = f"begins {len(found)} sightings' hashes" if found else "is no sighting"
+        raise UsageError(f"{named}: {said} of this ledger (its last: {known})")
     return Sighting.of(found[0])
 
 

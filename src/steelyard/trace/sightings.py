@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steelyard.ledger.ledger import Ledger
+from steelyard.ledger.ledger import Event, Ledger
 from steelyard.trace.lineage import RELATED, Answer
 from steelyard.trace.registry import Reference
 
@@ -12,8 +12,8 @@ EVENT = "trace.sighted"
 MOST = 1000  # digests of a suspect that are kept
 
 
-def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> str | None:
-    """Append `trace.sighted` where the suspect is a registered model or made from one; gives the event's hash.
+def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> Event | None:
+    """Append `trace.sighted` where the suspect is a registered model or made from one; gives the event.
 
     The payload: suspect (its path), fingerprint, verdict, changes, reference {name, kind, subject, weights}, log10_p,
     distance, share, evidence, digests [{name, sha256}] (at most `MOST`), bytes_read. None where nothing is proven.
@@ -40,7 +40,7 @@ def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> s
         "digests": [{"name": name, "sha256": value} for name, value in best.digests[:MOST]],
         "bytes_read": answer.bytes_read,
     }
-    return ledger.append(EVENT, payload).hash
+    return ledger.append(EVENT, payload)
 
 
 def spelled(path: str) -> str:
