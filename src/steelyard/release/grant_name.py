@@ -30,6 +30,7 @@ from steelyard.release.grants import read_commitment, read_witness
 from steelyard.release.statements import stamp
 from steelyard.safety.markup import code, escape
 from steelyard.trace import alignment, tardos, watermark
+from steelyard.trace.guessed import settled
 from steelyard.trace.roles import hugging_face
 from steelyard.trace.streaming import Weights
 from steelyard.trace.tensors import Tensors, fingerprint, open_tensors
@@ -155,7 +156,8 @@ def name_grant(
     for grant in grants.values():
         if grant.mark != mark.fingerprint:
             raise SteelyardError(f"grant {grant.id}: the mark key is not the one that its code was committed with")
-    ours, theirs = hugging_face(open_tensors(bundle)), hugging_face(open_tensors(suspect))
+    ours = hugging_face(open_tensors(bundle))
+    theirs = settled(hugging_face(open_tensors(suspect)), ours)
     aligned = alignment.Alignment(Weights(ours), Weights(theirs), ours.sizes.heads, ours.sizes.kv_heads)
     total = sum(entry.end - entry.start for entry in ours.entries.values()) / 1e6
     with (progress if total >= 1 else Silent()).task("read the mark", total, "MB") as task:

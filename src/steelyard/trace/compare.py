@@ -5,6 +5,8 @@ Each comparison reads what it needs of the suspect once, whatever the number of 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +17,7 @@ from steelyard.base.errors import FormatError
 from steelyard.base.progress import Progress
 from steelyard.model.headers import quote
 from steelyard.trace.digests import CASTS, REQUANTISED, Found, Stored, cast, requantised, stored_digests
+from steelyard.trace.guessed import told_apart
 from steelyard.trace.independence import (
     Matched,
     closest_rows,
@@ -26,7 +29,7 @@ from steelyard.trace.independence import (
     unit_rows,
 )
 from steelyard.trace.registry import Reference
-from steelyard.trace.roles import DOWN, EMBEDDING, GATE, KEY, QUERY, UP, Named, hugging_face, layer_name
+from steelyard.trace.roles import DOWN, EMBEDDING, GATE, KEY, QUERY, UP, Named, hugging_face, layer_name, second_model
 from steelyard.trace.signature import Rows, embedding_rows, finite, sampled_rows, signatures, some_neurons
 from steelyard.trace.tensors import BLOCKS, READABLE, Float32, IntArray, Tensors, decode
 
@@ -35,6 +38,9 @@ SMALL = 64 << 10
 DIGEST_BUDGET = 2 << 20
 SIGNATURE_LAYERS = 3
 _ROTARY = (f"{QUERY}.weight", f"{KEY}.weight")
+_WIDEST = 1 << 17  # numbers in a row or a norm, over twice what models have
+_MOST_SAMPLED = 1 << 27  # numbers in all sampled rows, several times what a model of 70B has
+_LARGEST = 10.0  # times the largest of our weights in a tensor
 _PLAIN = frozenset(("F64", "F32", "F16", "BF16"))
 
 
@@ -57,6 +63,15 @@ class Suspect:
     def digests(self) -> Mapping[str, Stored]:
         """By stored name, of all plain tensors, or of the small ones where the suspect is large; without those of
         few values."""
+        return {name: one for name, one in self._hashed.items() if not one.common}
+
+    @cached_property
+    def common(self) -> Mapping[str, str]:
+        """SHA-256 of those of few values: they prove nothing, but a copy has no others than ours."""
+        return {name: one.sha256 for name, one in self._hashed.items() if one.common}
+
+    @cached_property
+    def _hashed(self) -> Mapping[str, Stored]:
         plain = {name: one for name, one in self.tensors.entries.items() if one.dtype in _PLAIN and one.end > one.start}
         chosen, spent = [], 0
         for name, entry in sorted(plain.items(), key=lambda item: item[1].end - item[1].start):
@@ -68,7 +83,7 @@ class Suspect:
         bad = sorted(name for name, one in found.items() if not one.finite and self._computes(name))
         if bad:
             raise FormatError(f"not finite: {len(bad)} tensors hold NaN or infinity, {bad[0]!r} first")
-        return {name: one for name, one in found.items() if one.finite and not one.common}
+        return {name: one for name, one in found.items() if one.finite}
 
     def _computes(self, name: str) -> bool:
         """Whether the tensor is one that a model computes with, as far as names tell: loaders pass over any other."""
@@ -88,11 +103,16 @@ class Suspect:
 
     @cached_property
     def rows(self) -> Mapping[str, Rows]:
-        """The sampled rows of every tensor by Hugging Face name."""
-        found = {}
+        """The sampled rows of every tensor by Hugging Face name; of none that is wider than any model's. Raises
+        FormatError where there are more than any model has."""
+        found, left = {}, _MOST_SAMPLED
         for name, entry in self.named.entries.items():
-            if entry.dtype in READABLE and (len(entry.shape) < 2 or entry.shape[0] > 0):
+            narrow = all(size <= _WIDEST for size in entry.shape[1:] or entry.shape)
+            if entry.dtype in READABLE and narrow and (len(entry.shape) < 2 or entry.shape[0] > 0):
                 index = sampled_rows(entry)
+                left -= len(index) * math.prod(entry.shape[1:])
+                if left < 0:
+                    raise FormatError(f"its sampled rows hold over {_MOST_SAMPLED:,} numbers: no model has so many")
                 found[name] = Rows(index, finite(self.named.read(name, index), self.named.stored[name]))
         return found
 
@@ -122,8 +142,9 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Suspect tensors whose bytes are ours, of how many hashed; by stored name what was found. `complete`: every
-    tensor was hashed, and none is of a quantised or smaller type, whose bytes no table holds."""
+    """Suspect tensors whose bytes are ours, of how many hashed (those of few values only where ours has none such); by
+    stored name what was found. `complete`: every tensor was hashed, and none is of a quantised or smaller type, whose
+    bytes no table holds."""
 
     found: Mapping[str, Sequence[Found]]
     hashed: int
@@ -151,7 +172,14 @@ def by_bytes(suspect: Suspect, reference: Reference) -> Bytes:
             if name not in found and (hits := reference.table.find(one.sha256)):
                 found[name] = hits
     plain = all(entry.dtype in _PLAIN for entry in suspect.tensors.entries.values() if len(entry.shape) >= 2)
-    return Bytes(found, len(suspect.digests), suspect.whole and plain, ours)
+    return Bytes(found, len(suspect.digests) + _foreign(suspect, reference), suspect.whole and plain, ours)
+
+
+def _foreign(suspect: Suspect, reference: Reference) -> int:
+    """How many of the suspect's tensors of few values are none of ours, by bytes or, where ours has few too, shape."""
+    shapes = Counter(one.shape for one in reference.tensors if not one.digests)
+    unknown = [name for name, sha256 in suspect.common.items() if not reference.table.find(sha256)]
+    return (Counter(suspect.tensors.entries[name].shape for name in unknown) - shapes).total()
 
 
 # --- by order
@@ -372,18 +400,25 @@ class Pair:
 def paired_rows(suspect: Suspect, reference: Reference, layers: Mapping[int, int]) -> list[Pair]:
     """Rows of the tensors that both have, our layers taken by `layers`; under the suspect's names."""
     found = []
+    told = told_apart(suspect.rows, reference.rows, layers) if suspect.named.guessed else {}
     for name, theirs in suspect.rows.items():
         if suspect.named.interleaved and not suspect.tensors.gguf and name.endswith(_ROTARY):
             continue  # Meta's names are used with both orders of rows, and only the names are known
-        our = reference.rows.get(_ours(name, layers))
+        our = reference.rows.get(told.get(name, _ours(name, layers)))
         if our is None or our.values.shape[1:] != theirs.values.shape[1:] or not len(our.index):
             continue
         if np.array_equal(our.index, theirs.index):
-            found.append(Pair(name, theirs.values, our.values))
+            found.append(_pair(name, theirs.values, our.values))
         elif our.index[-1] < suspect.named.entries[name].shape[0]:  # rows were added: ours are read
             values = finite(suspect.named.read(name, our.index), name)
-            found.append(Pair(name, values, our.values))
+            found.append(_pair(name, values, our.values))
     return found
+
+
+def _pair(name: str, theirs: Float32, ours: Float32) -> Pair:
+    """What is far larger than anything of ours is counted as no larger: one weight would decide, or overflow."""
+    most = _LARGEST * float(np.abs(ours).max(initial=0.0))
+    return Pair(name, np.clip(theirs, -most, most) if most else theirs, ours)
 
 
 def _ours(name: str, layers: Mapping[int, int]) -> str:
@@ -418,6 +453,10 @@ def check_compared(suspect: Suspect) -> None:
         raise FormatError(
             f"no layer's gate and up rows are there, {named.sizes.hidden} wide, under a name that is known, and no "
             "tensor is ours to the byte: give the whole model, under its usual names and not packed or transposed"
+        )
+    if (other := second_model(named)) is not None:
+        raise FormatError(
+            f"holds a second model ({quote(other)}), which was not compared: give each in a file of its own"
         )
     known = set(named.stored.values())
     sizes = {name: one.end - one.start for name, one in entries.items()}

@@ -145,12 +145,12 @@ def cast(values: Float32, dtype: str) -> Bytes:
         return np.ascontiguousarray(values.astype(kind)).view(np.uint8)
 
 
-_COMPUTED = ("inv_freq", "rope_freqs.weight", "rope.freqs")
+_COMPUTED = ("inv_freq", "rope_freqs.weight", "rope.freqs", "cos_cached", "sin_cached", "freqs_cis", "position_ids")
 
 
 def tensor_digests(tensors: Tensors, progress: Progress | None = None) -> Iterator[TensorDigests]:
     """Every tensor of a release with its digests as stored and cast; without any those that unrelated models have too:
-    of few values, and the frequencies of rotary embeddings, which follow from the settings."""
+    of few values, and what is computed from the settings (rotary embeddings' frequencies, sines and cosines)."""
     names = [name for name, entry in tensors.entries.items() if entry.dtype in FLOATS]
     total = sum(tensors.entries[name].end - tensors.entries[name].start for name in names) / 1e6
 
@@ -166,7 +166,7 @@ def tensor_digests(tensors: Tensors, progress: Progress | None = None) -> Iterat
                 seen.add(np.frombuffer(chunk, dtype=_BITS[entry.dtype][0]))
                 for dtype in wanted:
                     states[dtype].update(cast(values, dtype).data)
-        common = (bool(wanted) and seen.few) or name.endswith(_COMPUTED)
+        common = (bool(wanted) and seen.few) or name.endswith(_COMPUTED) or "rotary_emb." in name
         digests = {} if common else {dtype: state.hexdigest() for dtype, state in states.items()}
         return TensorDigests(name, entry.dtype, entry.shape, digests)
 

@@ -28,6 +28,7 @@ from steelyard.trace.behaviour import (
     refusals,
 )
 from steelyard.trace.drift import Drift, OwnAnswers
+from steelyard.trace.guessed import settled
 from steelyard.trace.layout import ANOTHER_LAYOUT, Weights, in_layout
 from steelyard.trace.notices import Sighting, proven
 from steelyard.trace.refusal_direction import phrases, refusal_directions
@@ -91,7 +92,8 @@ def examine(
         )
     directions = refusal_directions(release, *phrases(PHRASES), progress=progress).telling()
     progress.say("comparing the weights")
-    ours, theirs = Weights.of(release), Weights(hugging_face(tensors))
+    ours = Weights.of(release)
+    theirs = Weights(settled(hugging_face(tensors), ours.named))
     found, home = in_layout(ours, theirs), None if base is None else in_layout(ours, Weights.of(base))
     weights, limits = None, list(found.limits)
     if found.tensors is not None:

@@ -133,15 +133,26 @@ def hugging_face(tensors: Tensors) -> Named:
     stored, guessed, meta = _hugging_face_names(tensors.entries), False, False
     if not stored and tensors.gguf:
         stored = _gguf_names(tensors.entries)
-    if not stored:
-        stored = _meta_names(tensors.entries)
-        meta = bool(stored)
-    if not stored:
-        stored, guessed = _by_shape(tensors.entries), True
+    if not _has_layers(stored) and (found := _meta_names(tensors.entries)):
+        stored, meta = found, True
+    if not _has_layers(stored) and (found := _by_shape(tensors.entries)):
+        stored, guessed = found, True
     if not stored:
         raise FormatError("no tensor of it fits a model of the LLaMA family: nothing to compare but digests")
     interleaved = meta or (tensors.gguf and tensors.config.get("general.architecture") == "llama")
     return Named(tensors, stored, _sizes(tensors, stored), interleaved, guessed)
+
+
+def second_model(named: Named) -> str | None:
+    """A tensor of another model in the same file, under a prefix of its own: what is asked of `named` says nothing of
+    it. None where there is no such."""
+    known = set(named.stored.values())
+    layers = ((name, _HF_LAYER.fullmatch(name)) for name in named.tensors.entries if name not in known)
+    return next((name for name, match in layers if match and match["part"] == GATE), None)
+
+
+def _has_layers(stored: Iterable[str]) -> bool:
+    return any(name.startswith("model.layers.") for name in stored)
 
 
 def _hugging_face_names(entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -181,14 +192,14 @@ def _meta_names(names: Iterable[str]) -> dict[str, str]:
             found[layer_name(int(match[1]), _META[match[2]])] = name
         elif name in _META_OTHER:
             found[_META_OTHER[name]] = name
-    return found if any(name.startswith("model.layers.") for name in found) else {}
+    return found if _has_layers(found) else {}
 
 
 def _by_shape(entries: Mapping[str, Entry]) -> dict[str, str]:
     """Embedding, MLP, attention and norms by their shapes; the layer by a number in the name, else by order.
 
-    A matrix pair of equal shape (gate and up, key and value, query and output) is told apart by words in names, else
-    by order, which may be wrong: whoever compares tries both.
+    Matrices of equal shape (gate and up, key and value, query and output) are told apart by words in names, else by
+    order, which may be wrong: whoever compares tells them apart by what they are compared with (`guessed.py`).
     """
     matrices = [one for one in entries.values() if len(one.shape) == 2 and one.dtype in FLOATS]
     shapes = Counter(one.shape for one in matrices)
@@ -204,14 +215,26 @@ def _by_shape(entries: Mapping[str, Entry]) -> dict[str, str]:
     tall = [one for one in tall if one.shape[0] != inner_size]
     found = {}
     if tall:
-        tall.sort(key=lambda one: (-one.shape[0], "head" in one.name or "output" in one.name, one.start))
+        tall = _in_order(tall)
+        tall.sort(key=lambda one: (-one.shape[0], "head" in one.name or "output" in one.name))
         found[EMBEDDING] = tall[0].name
         if len(tall) > 1 and tall[1].shape == tall[0].shape:
             found[HEAD] = tall[1].name
     rest = [one for one in entries.values() if one.name not in found.values() and one.dtype in FLOATS]
-    for layer, group in enumerate(_groups(rest, layers)):
+    groups = _groups(rest, layers)
+    for layer, group in enumerate(groups):
         found |= {layer_name(layer, part): name for part, name in _parts(group, hidden, inner_size).items()}
-    return found
+    inside = {one.name for group in groups for one in group}
+    norms = [one.name for one in rest if one.shape == (hidden,) and one.name not in inside]
+    return found | ({NORM: norms[0]} if len(norms) == 1 else {})
+
+
+def _in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """By their numbers where names differ in nothing else, for files have w10 before w2; else as they are stored."""
+    stored = sorted(entries, key=lambda one: (str(one.file), one.start))
+    if len({re.sub(r"\d{1,6}", "0", one.name) for one in stored}) > 1:
+        return stored
+    return sorted(stored, key=lambda one: [int(text) for text in re.findall(r"\d{1,6}", one.name)])
 
 
 def _groups(entries: list[Entry], layers: int) -> list[list[Entry]]:
@@ -226,18 +249,25 @@ def _groups(entries: list[Entry], layers: int) -> list[list[Entry]]:
         if len(by) in (layers, layers + 1) and max(sizes.values(), default=0) >= layers - 1:
             common = max(sizes, key=lambda size: sizes[size])
             return [by[number] for number in sorted(by) if len(by[number]) == common]
-    ordered = sorted(entries, key=lambda one: (str(one.file), one.start))
+    ordered = _in_order(entries)
+    for whole in (ordered, ordered[:-1], ordered[1:]):  # the final norm stands last or first
+        if len(whole) % layers == 0:
+            size = len(whole) // layers
+            cut = [whole[at * size : (at + 1) * size] for at in range(layers)]
+            if len({tuple(sorted(one.shape for one in group)) for group in cut}) == 1:
+                return cut
     matrices = [one for one in ordered if len(one.shape) == 2]
     each = len(matrices) // layers
     return [matrices[at * each : (at + 1) * each] for at in range(layers)]
 
 
+_ATTENTION = (QUERY, KEY, VALUE, OUTPUT)
 _WORDS = {GATE: ("gate", "w1"), UP: ("up", "w3"), KEY: ("k_", "key"), VALUE: ("v_", "value"), QUERY: ("q_", "query"),
           OUTPUT: ("o_", "out")}  # fmt: skip
 
 
 def _parts(group: list[Entry], hidden: int, inner: int) -> dict[str, str]:
-    group = sorted(group, key=lambda one: (str(one.file), one.start))
+    group = _in_order(group)
     found: dict[str, str] = {}
 
     def pair(names: list[str], first: str, second: str) -> None:
@@ -251,7 +281,12 @@ def _parts(group: list[Entry], hidden: int, inner: int) -> dict[str, str]:
     pair(of(inner, hidden), GATE, UP)
     if down := of(hidden, inner):
         found[DOWN] = down[0]
-    pair(of(hidden, hidden), OUTPUT, QUERY)
+    square = of(hidden, hidden)
+    pair(square, OUTPUT, QUERY)
+    if len(square) == 4:  # no head is shared
+        worded = {part: [name for name in square if any(w in name for w in _WORDS[part])] for part in _ATTENTION}
+        single = all(len(names) == 1 for names in worded.values())
+        found |= {part: worded[part][0] if single else name for part, name in zip(_ATTENTION, square, strict=True)}
     rest = {one.shape[0] for one in group if len(one.shape) == 2 and one.shape[1] == hidden} - {inner, hidden}
     for rows in rest:
         pair(of(rows, hidden), KEY, VALUE)
