@@ -64,17 +64,19 @@ def test_the_whole_way(run: Run, desk: Desk, tmp_path: Path) -> None:
     assert "there already" in run("grant", "request", "--from", tmp_path / "request.json", *release, code=1)
     assert "Ada Lovelace" in run("grant", "show", request)
     assert "Ada" not in run("grant", "list")
+    assert "wants 2 approvals" in run("grant", "issue", request, *trust, code=1)
+    assert "none of the reviewers" in run("grant", "review", request, "--key", "dora", *trust, "--yes", code=1)
     for name in ("bob", "carol"):
         said = run("grant", "review", request, "--key", name, *trust, "--days", 90, "--yes")
         assert "Analytical Engines" in said
     grant = json.loads(run("grant", "issue", request, *trust, "--json"))["grant"]
     copy, key = ("grant", "deliver", grant, *release, "--to", tmp_path / "copy"), ("--key", "dora", *trust)
     assert "countersign it first" in run(*copy, *key, code=1)
-    asked = run("grant", "countersign", grant, "--key", "fay", code=2)
+    asked = run("grant", "countersign", grant, "--key", "fay", *trust, code=2)
     assert "code's commitment" in asked
     assert "give --yes" in asked
     assert "Ada" not in asked
-    run("grant", "countersign", grant, "--key", "fay", "--yes")
+    run("grant", "countersign", grant, "--key", "fay", "--yes", *trust)
     assert "sealed to the recipient" in run(*copy, *key)
     run("grant", "open", tmp_path / "copy", "--key-file", tmp_path / "box.key.pem", "--to", tmp_path / "mine")
     said = run("grant", "verify", tmp_path / "mine", *trust)
@@ -101,9 +103,14 @@ def test_the_whole_way(run: Run, desk: Desk, tmp_path: Path) -> None:
     assert "Lovelace" not in text
     run("grant", "revoke", grant, "--key", "bob", *trust, "--reason", "moved on")
     revoked = desk.root / "grants" / "issued" / grant / "revocation.dsse.json"
-    assert "moved on" in run("grant", "verify", tmp_path / "mine", *trust, "--revoked", revoked, code=1)
+    said = run("grant", "verify", tmp_path / "mine", *trust, "--revoked", revoked, code=1)
+    assert "moved on" in said
+    assert "REVOKED: " in said
+    assert "Ada Lovelace" in run("grant", "show", grant)
     assert request in run("grant", "forget", request)
-    assert "forgotten" in run("grant", "list")
+    said = run("grant", "list")
+    assert "forgotten" in said
+    assert "revoked" in said
     assert "was forgotten" in run("grant", "show", request, code=1)
     assert "none" in run("grant", "forget", "--due")
 
@@ -116,7 +123,7 @@ def test_the_publics_copy(run: Run, desk: Desk, tmp_path: Path) -> None:
     for name in ("bob", "carol"):
         assert "the public" in run("grant", "review", request, "--key", name, *trust, "--yes")
     grant = json.loads(run("grant", "issue", request, *trust, "--json"))["grant"]
-    run("grant", "countersign", grant, "--key", "fay", "--yes")
+    run("grant", "countersign", grant, "--key", "fay", "--yes", *trust)
     assert "nothing of it was tested" in run("grant", "mark", grant, *release, "--to", tmp_path / "marked", *trust)
     to = ("--to", tmp_path / "copy", "--key", "dora", *trust)
     assert "a test of its own" in run("grant", "deliver", grant, *release, *to, code=1)
@@ -129,7 +136,7 @@ def test_the_publics_copy(run: Run, desk: Desk, tmp_path: Path) -> None:
         (["review", "r-x", "--key", "bob", "--yes"], 2, "16 hexadecimal digits"),
         (["show", "r-" + "0" * 16], 1, "not in this workspace's ledger"),
         (["forget"], 2, "give the id of one request, or --due"),
-        (["countersign", "g-" + "0" * 16], 2, "give --key NAME"),
+        (["countersign", "g-" + "0" * 16, "--trust", __file__], 2, "give --key NAME"),
         (["receipt"], 2, "to sign a receipt, or --check FILE"),
         (["list", "--workspace", "/nowhere"], 2, "no ledger here"),
         (["import", "folder"], 2, "give a repository on the Hub"),

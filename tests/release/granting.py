@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,11 @@ class Desk:
 
     def countersign(self, grant: str, by: str = WITNESS, **changes: Any) -> Path:
         with self.book() as book:
-            return countersign(book, grant, **({"signer": self.signer(by)} | changes))
+            return countersign(book, grant, **({"signer": self.signer(by), "trust": self.trust} | changes))
+
+    def trusting(self, by: str) -> Trust:
+        """A trust file of somebody else's, whose witness is `by`."""
+        return replace(self.trust, witnesses=(self.signer(by).public_key,), releasers=())
 
     def granted(self, sealed: Sealed | None = None, **review: Any) -> Grant:
         request = self.request(sealed)

@@ -211,6 +211,18 @@ def test_a_sealed_file_that_holds_much_of_nothing(tmp_path: Path, version: str) 
         unpack(tmp_path / "sealed", box, tmp_path / "mine")
 
 
+def test_what_was_not_looked_at_in_a_copy(desk: Desk) -> None:
+    """Files behind more folders than anybody looks into were not listed, and the copy was checked all the same."""
+    grant = desk.granted()
+    desk.deliver(grant.id, desk.root / "copy")
+    for number in range(2_100):
+        (desk.root / "copy" / "zz" / f"d{number}").mkdir(parents=True)
+        (desk.root / "copy" / "zz" / f"d{number}" / "install.sh").write_text("sh\n") if number > 2_000 else None
+    found = verify_copy(desk.root / "copy", desk.trust)
+    assert [one.code for one in found.findings][:1] == ["added"]
+    assert not found.ok
+
+
 def _headers(kind: str) -> bytes:
     """Headers that make the reader of a tar fail otherwise than with an error of its own."""
     info = tarfile.TarInfo("LICENSE")

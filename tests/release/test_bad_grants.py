@@ -240,7 +240,7 @@ def test_a_clock_that_was_set_back(desk: Desk, tmp_path: Path, act: str) -> None
     def other() -> Any:
         with desk.book() as book:
             if act == "countersign":
-                return countersign(book, grant, signer=desk.signer("fay"), now=before)
+                return countersign(book, grant, signer=desk.signer("fay"), trust=desk.trust, now=before)
             if act == "revoke":
                 return revoke(book, grant, "x", signer=desk.signer("bob"), trust=desk.trust, now=before)
             if act == "mark":

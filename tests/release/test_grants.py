@@ -166,7 +166,7 @@ def test_reviewers_of_a_trust_file(desk: Desk, grants: object, said: str) -> Non
 
 def test_strangers_do_not_review(desk: Desk) -> None:
     request = desk.request()
-    with pytest.raises(SteelyardError, match="none of yours"):
+    with pytest.raises(SteelyardError, match="none of the reviewers"):
         desk.review(request.id, "alice")
     desk.chain.people(grants=None)
     with pytest.raises(SteelyardError, match=r"names no reviewers|give a public key"):
@@ -248,7 +248,7 @@ def test_stamped_by_an_authority(desk: Desk) -> None:
         desk.review(request.id, name)
     grant = desk.issue(request.id)
     with serving(authority.answer) as url:
-        path = desk.countersign(grant.id, signer=None, url=url, roots=[authority.root])
+        path = desk.countersign(grant.id, signer=None, url=url)
     assert path.name == "commitment.tsr"
     desk.deliver(grant.id, desk.root / "copy", now=datetime.now(UTC) + timedelta(seconds=2))
     assert (desk.root / "copy" / "steelyard" / "commitment.tsr").read_bytes() == path.read_bytes()
@@ -349,7 +349,10 @@ def test_a_witness_of_ones_own(desk: Desk) -> None:
     for name in ("bob", "carol"):
         desk.review(request.id, name)
     grant = desk.issue(request.id)
-    desk.countersign(grant.id, "dora")
+    with pytest.raises(SteelyardError, match="none of yours"):
+        desk.countersign(grant.id, "dora")
+    assert "countersigned" not in desk.kinds()
+    desk.countersign(grant.id, "dora", trust=desk.trusting("dora"))
     with pytest.raises(SteelyardError, match="none of yours"):
         desk.deliver(grant.id, desk.root / "copy")
     desk.chain.people(witnesses=["dora.pub.pem"], grants=json.loads(desk.trust_file.read_text())["grants"])

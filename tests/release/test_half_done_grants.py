@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_a_countersigning_killed_before_its_event_is_completed(desk: Desk, monke
     with pytest.raises(SteelyardError, match="is not noted in the ledger"):
         desk.deliver(grant, desk.root / "copy")
     with pytest.raises(SteelyardError, match="none of yours"):
-        desk.countersign(grant, "alice")
+        desk.countersign(grant, "alice", trust=desk.trusting("alice"))
     desk.countersign(grant)
     with pytest.raises(SteelyardError, match="once is enough"):
         desk.countersign(grant)
@@ -188,7 +189,9 @@ def test_a_stamp_killed_before_its_event_is_completed(desk: Desk, monkeypatch: p
 
     def stamp(roots: list[Any]) -> Path:
         with serving(authority.answer) as url:
-            return desk.countersign(grant, signer=None, url=url, roots=roots)
+            return desk.countersign(
+                grant, signer=None, url=url, trust=replace(desk.trust, timestamp_authorities=tuple(roots))
+            )
 
     killed_before_its_event(monkeypatch, lambda: stamp([authority.root]))
     with pytest.raises(SteelyardError, match="does not check against the authorities"):

@@ -183,7 +183,7 @@ def list_(workspace: Workspace = WORKSPACE, as_json: AsJSON = False) -> None:
     rows = []
     for one in requests:
         grant = grants.get(one.grant or "")
-        state = one.state if grant is None or one.state == "forgotten" else grant.state
+        state = one.state if grant is None else grant.state
         rows.append(
             {
                 "request": one.id,
@@ -192,6 +192,7 @@ def list_(workspace: Workspace = WORKSPACE, as_json: AsJSON = False) -> None:
                 "since": one.time.isoformat(timespec="seconds"),
                 "until": None if grant is None else grant.expires.isoformat(),
                 "erase_at": None if one.state == "forgotten" else one.due.isoformat(timespec="seconds"),
+                "forgotten": one.state == "forgotten",
                 "weights": one.wanted.weights,
                 "public": one.public,
             }
@@ -199,8 +200,12 @@ def list_(workspace: Workspace = WORKSPACE, as_json: AsJSON = False) -> None:
     if as_json:
         print_json(rows)
         return
-    columns = ("request", "grant", "since", "until", "erase_at", "state")
-    print_table("Grants", columns, [[str(row[name] or "") for name in columns] for row in rows])
+    columns = ("request", "grant", "since", "until", "state")
+    shown = []
+    for row in rows:
+        who = f"erased at {row['erase_at']}" if row["erase_at"] else "forgotten"
+        shown.append([*(str(row[name] or "") for name in columns), who])
+    print_table("Grants", (*columns, "who asked"), shown)
 
 
 @app.command()
@@ -210,8 +215,10 @@ def show(
     passphrase_file: PassphraseFile = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Who asks, for what: for reviewers, and whoever must find out whose grant a mark names."""
+    """Who asks, for what: for reviewers, and whoever must find out whose grant (g-...) a mark names."""
     with open_ledger(workspace, read_only=True) as ledger:
+        if request.startswith("g-"):
+            request = book_of(workspace, ledger).grant(request, datetime.now(UTC)).request
         _, found, sealed = opened(workspace, ledger, request, passphrase_file)
     if as_json:
         print_json(sealed.model_dump(mode="json", exclude={"salt"}))
@@ -268,18 +275,16 @@ def issue(
         print_json({"grant": grant.id, "expires": grant.expires.isoformat(), "commitment": str(path)})
     else:
         print(one_line(f"grant {grant.id}, until {grant.expires:%Y-%m-%d}; commitment: {path}"))
-        print(f"next, by a witness: steelyard grant countersign {grant.id} --key NAME")
+        print(f"next, by a witness: steelyard grant countersign {grant.id} --key NAME --trust trust.yaml")
 
 
 @app.command()
 def countersign(
     grant: GrantId,
+    trust: OwnTrust,
     key: Annotated[str | None, typer.Option(help="Name of the witness's key.")] = None,
     timestamp_url: Annotated[
         str | None, typer.Option(help="Address of an RFC 3161 authority, to stamp it instead of signing.")
-    ] = None,
-    timestamp_authority: Annotated[
-        list[Path] | None, typer.Option(help="That authority's root certificate (PEM); may be repeated.")
     ] = None,
     yes: Yes = False,
     keys: Keys = None,
@@ -288,19 +293,19 @@ def countersign(
 ) -> None:
     """A witness's part: show what a grant commits to and sign it, or have it time-stamped, before the copy is made."""
     from steelyard.release.grants import countersign as add
-    from steelyard.release.timestamps import load_roots
+    from steelyard.release.trust import load_trust
 
     if (key is None) == (timestamp_url is None):
         raise UsageError("give --key NAME (you are the witness), or --timestamp-url URL (an authority is)")
+    mine = load_trust(trust)
     with open_ledger(workspace) as ledger:
         book = book_of(workspace, ledger)
         print_grant(book.grant(grant, datetime.now(UTC)))
         agree(yes, "Countersign this?")
         if key is not None:
-            path = add(book, grant, signer=signing(keys or workspace / "keys", key, passphrase_file)[0])
+            path = add(book, grant, trust=mine, signer=signing(keys or workspace / "keys", key, passphrase_file)[0])
         else:
-            roots = [root for file in timestamp_authority or [] for root in load_roots(file)]
-            path = add(book, grant, url=timestamp_url or "", roots=roots)
+            path = add(book, grant, trust=mine, url=timestamp_url or "")
     print(one_line(f"countersigned: {path}"))
 
 

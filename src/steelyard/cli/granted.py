@@ -235,4 +235,6 @@ def _print(copy: Path, found: CopyVerification) -> None:
         print_table(str(copy), ("what", "value"), rows)
     for finding in found.findings:
         print(one_line(f"{finding.code}: {finding.message}"))
-    print(one_line(f"CHECKED: {found.says()}; not a release" if found.ok else f"NOT CHECKED: {copy}"))
+    ended = {finding.code for finding in found.findings}
+    bad = " AND ".join(sorted(ended)).upper() if ended <= {"expired", "revoked"} else "DOES NOT VERIFY"
+    print(one_line(f"CHECKED: {found.says()}; not a release" if found.ok else f"{bad}: {copy}"))

@@ -52,6 +52,9 @@ def uncensored(
         print_json(found.event.payload | {"event": found.event.mark})
         return
     print(one_line(f"{found.judgement.verdict}: {found.judgement.why}"))
+    if (answers := found.behaviour) is not None:
+        said = f"of {answers.prompts} prompts the release declines {answers.release}, the copy {answers.suspect}"
+        print(one_line(f"  {said}; {answers.lost} lost, {answers.gained} gained, p {answers.p_value:.2g}"))
     for said in (*found.undone, *found.limits):
         print(one_line(f"  {said}"))
     print(f"ledger event {found.event.mark}")

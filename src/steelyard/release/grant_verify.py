@@ -136,7 +136,11 @@ class _Work:
 
     def _files(self) -> Iterator[Finding]:
         present: dict[str, int] = {}
-        for path in sorted(islice(self.folder.rglob("*"), MAX_FILES + 1)):
+        paths = list(islice(self.folder.rglob("*"), MAX_FILES + 1))
+        if len(paths) > MAX_FILES:
+            yield Finding("added", f"{self.folder.name}: holds over {MAX_FILES:,} files and folders: no copy does")
+            return  # what was not looked at could be anything
+        for path in sorted(paths):
             name = path.relative_to(self.folder).as_posix()
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 yield Finding("unsafe", f"{shown_name(name)}: is no plain file: a copy holds no such thing")

@@ -13,12 +13,10 @@ release that ever went out unmarked cannot be granted (`grant_book.refuse_releas
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not re-exported
 
@@ -28,6 +26,7 @@ from steelyard.base.errors import SteelyardError, UsageError
 from steelyard.base.files import read_bounded, write_atomic
 from steelyard.release.attest import ENVELOPE_LIMIT, SignatureError, sign, verify_envelope
 from steelyard.release.checks_statements import check_key
+from steelyard.release.evidence import CLOCKS_APART
 from steelyard.release.grant_book import (
     COMMITMENT,
     COUNTERSIGNATURE,
@@ -39,7 +38,7 @@ from steelyard.release.grant_book import (
     Request,
     refuse_released,
 )
-from steelyard.release.grant_checks import COUNTERSIGNED, check_reviews, raise_for, review_subjects
+from steelyard.release.grant_checks import COUNTERSIGNED, check_countersigned, check_reviews, raise_for, review_subjects
 from steelyard.release.grant_keys import MarkKey
 from steelyard.release.grant_request import Sealed, signer_of
 from steelyard.release.grant_sealed import seal
@@ -56,7 +55,7 @@ from steelyard.release.grant_statements import (
 from steelyard.release.keys import KeyInfo
 from steelyard.release.layout import MAX_REVIEWS
 from steelyard.release.statements import stamp
-from steelyard.release.timestamps import TIMESTAMP_LIMIT, ask, check_timestamp
+from steelyard.release.timestamps import TIMESTAMP_LIMIT, ask
 from steelyard.release.trust import Trust
 from steelyard.trace import tardos
 
@@ -134,6 +133,10 @@ def review(
         if (state := book.request(request.id, now).state) != "requested":
             raise SteelyardError(f"request {request.id}: is {state}: there is nothing more to review")
         there = read_reviews(book.request_folder(request.id))
+        if signer.public_key.keyid not in {key.keyid for key in trust.grants.keys}:
+            if not trust.grants.keys:
+                raise SteelyardError("your trust file names no reviewers: add grants: {reviewers: [...]} to it")
+            raise SteelyardError(f"key {signer.public_key.keyid[:16]}: is none of the reviewers of your trust file")
         kind = "approved" if decision == "approve" else "refused"
         if (half := _half_done(book, request.id, there, about, decision, signer)) is not None:
             book.note(kind, request=request.id, review=sha256_hex(there[half]), key=signer.public_key.keyid)
@@ -201,20 +204,21 @@ def countersign(
     book: Book,
     grant: str,
     *,
+    trust: Trust,
     signer: CryptoSigner | None = None,
     url: str = "",
-    roots: Sequence[x509.Certificate] = (),
     now: datetime | None = None,
 ) -> Path:
     """Have the commitment of a grant's code signed by a witness, or stamped by the authority at `url`; gives the file.
 
-    Raises SteelyardError where a copy was delivered already: a code that was fixed afterwards could frame anybody.
+    Raises SteelyardError for a witness or an authority that `trust` does not pin, and where a copy was delivered
+    already: a code that was fixed afterwards could frame anybody.
     """
     with book.locked(now) as now:
         found = book.live(grant, now)
         if book.events("delivering", grant=grant) or book.events("marked", grant=grant):
             raise SteelyardError(f"grant {grant}: a copy was made already: its code can be countersigned no more")
-        data, _ = read_commitment(book, found)
+        data, commitment = read_commitment(book, found)
         path = book.grant_folder(grant) / (COUNTERSIGNATURE if signer is not None else TIMESTAMP)
         if path.exists():
             made = read_bounded(path, max(ENVELOPE_LIMIT, TIMESTAMP_LIMIT))
@@ -225,13 +229,23 @@ def countersign(
             # Killed between its file and its event: the same witness completes it.
             if signer is not None:
                 verify_envelope(made, str(path), [signer.public_key])
-            else:
-                check_timestamp(made, data, roots, str(path))
         elif signer is not None:
             word = Countersignature(grant=grant, signed=stamp(now))
             made = sign(payload({COUNTERSIGNED: found.commitment}, word), signer)
         else:
-            made = ask(url, data, roots)
+            made = ask(url, data, trust.timestamp_authorities)
+        statement, time_stamp = (made, None) if signer is not None else (None, made)
+        findings = check_countersigned(
+            data,
+            commitment,
+            statement,
+            time_stamp,
+            trust,
+            before=now + CLOCKS_APART,  # an authority has a clock of its own
+            releasers=[key.keyid for key in trust.releasers],
+            where=dict.fromkeys(("commitment", "statement", "stamp"), path.name),
+        )
+        raise_for(list(findings), f"grant {grant}")
         write_atomic(path, made)
         book.note("countersigned", grant=grant, commitment=found.commitment, countersignature=sha256_hex(made))
     return path

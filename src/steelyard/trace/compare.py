@@ -454,9 +454,9 @@ def check_compared(suspect: Suspect) -> None:
             f"no layer's gate and up rows are there, {named.sizes.hidden} wide, under a name that is known, and no "
             "tensor is ours to the byte: give the whole model, under its usual names and not packed or transposed"
         )
-    if (other := second_model(named)) is not None:
+    if (second := second_model(named)) is not None:
         raise FormatError(
-            f"holds a second model ({quote(other)}), which was not compared: give each in a file of its own"
+            f"holds a second model ({quote(second)}), which was not compared: give each in a file of its own"
         )
     known = set(named.stored.values())
     sizes = {name: one.end - one.start for name, one in entries.items()}

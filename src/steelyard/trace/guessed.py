@@ -32,7 +32,7 @@ _ALIKE = ((GATE, UP), (QUERY, KEY, VALUE, OUTPUT), (BEFORE_ATTENTION, BEFORE_MLP
 def told_apart(theirs: Mapping[str, Rows], ours: Mapping[str, Rows], layers: Mapping[int, int]) -> dict[str, str]:
     """Our name of each of their tensors that shapes alone do not tell; `layers`: their layer -> ours. Both: sampled
     rows by Hugging Face name."""
-    found = {}
+    found: dict[str, str] = {}
     for layer in sorted({int(name.split(".")[2]) for name in theirs if name.startswith("model.layers.")}):
         for parts in _ALIKE:
             mine = [name for part in parts if (name := layer_name(layers.get(layer, layer), part)) in ours]
