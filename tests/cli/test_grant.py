@@ -81,6 +81,7 @@ def test_the_whole_way(run: Run, desk: Desk, tmp_path: Path) -> None:
     run("grant", "open", tmp_path / "copy", "--key-file", tmp_path / "box.key.pem", "--to", tmp_path / "mine")
     said = run("grant", "verify", tmp_path / "mine", *trust)
     assert "CHECKED: a marked copy, derived from tested subject" in said
+    assert json.loads(run("grant", "verify", tmp_path / "mine", *trust, "--json"))["copy"]["grant"] == grant
     assert "not a release" in said
     assert "VERIFIED" not in said
     said = run("verify", tmp_path / "mine", *trust, code=1)

@@ -97,6 +97,22 @@ def test_a_tree_in_which_one_file_is_broken_is_answered(tmp_path: Path) -> None:
     assert [one["verdict"] for one in json.loads(done.stdout)] == ["unreadable", "exact copy"]
 
 
+def test_a_model_with_its_vocabulary_is_one_suspect(tmp_path: Path) -> None:
+    """A large vocabulary holds the words that tell a listing of the Hub."""
+    ours, workspace = weights(), ("--workspace", tmp_path / "workspace")
+    _run("register", write(tmp_path / "ours", ours), "--name", "ours", *workspace)
+    words = {"oid": 1, "path": 2, "rfilename": 3}
+    for name in ("a", "b"):
+        copy = write(tmp_path / "tree" / name, noised(ours, 0.01))
+        (copy / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    done = _run(tmp_path / "tree" / "a", *workspace)
+    assert "sighting 2; next: steelyard notice 2 --kind takedown --location URL" in done.stdout
+    done = _run(tmp_path / "tree", *workspace)
+    assert (done.returncode, "2/2 models" in done.stderr) == (0, True)
+    rows = [line.split() for line in done.stdout.splitlines() if "derived" in line]
+    assert [row[-1] for row in rows] == ["3", "4"]
+
+
 def test_a_copy_whose_name_is_no_utf8_is_a_sighting_like_any_other(tmp_path: Path) -> None:
     workspace = ("--workspace", tmp_path / "workspace")
     _run("register", write(tmp_path / "ours", weights()), "--name", "ours", *workspace)

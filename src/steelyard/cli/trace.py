@@ -172,7 +172,8 @@ def _row(answer: Answer) -> tuple[str, ...]:
 
 
 def _verdict(relation: Any) -> str:
-    said: str = relation.verdict + (f" ({', '.join(relation.changes)})" if relation.changes else "")
+    more = relation.changes and relation.changes != (relation.verdict,)
+    said: str = relation.verdict + (f" ({', '.join(relation.changes)})" if more else "")
     return said
 
 

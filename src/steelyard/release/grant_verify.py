@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from steelyard.base.canonical import sha256_file, sha256_hex
 from steelyard.base.errors import SteelyardError, UsageError
@@ -71,7 +71,7 @@ class CopyVerification(BaseModel):
     subject: str = ""
     weights: str = ""
     envelope: str = ""
-    copy_: MarkedCopy | None = None
+    copy_: MarkedCopy | None = Field(default=None, serialization_alias="copy")
 
     def says(self) -> str:
         """In one line."""
