@@ -31,9 +31,10 @@ _ROW_BYTES, _MOST_ROWS, _LEAST_ROWS = 64 << 10, 32, 4  # of each matrix, at two 
 
 def sampled_rows(entry: Entry) -> IntArray:
     """Which rows of a matrix are kept and compared: the same for every matrix of that shape, so that layers and models
-    can be compared with one another."""
+    can be compared with one another; none of one that is too wide."""
     if len(entry.shape) < 2:
-        return np.arange(min(entry.shape[0], _WIDEST) if entry.shape else 1)
+        rows = entry.shape[0] if entry.shape else 1
+        return np.arange(rows if rows <= _WIDEST else 0)
     rows, width = entry.shape[0], math.prod(entry.shape[1:])
     if width > _WIDEST:
         return np.arange(0)
