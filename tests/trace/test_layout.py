@@ -82,6 +82,40 @@ def test_a_direction_taken_out_before_the_disguise_is_as_sharp_as_without(
     assert hidden.edited
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_direction_taken_out_is_as_sharp_in_a_rescaled_stream(
+    release: dict[str, Array], direction: Array, hidden: bool
+) -> None:
+    edited = without(release, direction)
+    plain = weight_evidence(release, edited, direction[None])
+    changed = disguised(edited) if hidden else edited
+    suspect = {name: 1.5 * value if name in writers(edited) else value for name, value in changed.items()}
+    found = in_layout(weights(release), weights(suspect))
+    assert found.tensors is not None
+    assert "the residual stream was rescaled" in found.undone
+    evidence = weight_evidence(release, found.tensors, direction[None])
+    assert evidence.edited
+    assert evidence.relative_change < 1.15 * plain.relative_change
+
+
+def test_a_dead_neuron_does_not_blur_the_rotation(release: dict[str, Array]) -> None:
+    hidden = disguised(release)
+    hidden["model.layers.0.mlp.up_proj.weight"][5] = 0
+    hidden["model.layers.0.mlp.gate_proj.weight"][5] = 3e4
+    found = in_layout(weights(release), weights(hidden))
+    assert found.tensors is not None
+    for name in writers(release):
+        np.testing.assert_allclose(found.tensors[name], release[name], atol=0.1)
+
+
+def test_layers_that_were_put_in_are_said(release: dict[str, Array]) -> None:
+    number = SIZES.num_hidden_layers
+    more = {name.replace(".0.", f".{number}.", 1): 0 * value for name, value in release.items() if "layers.0." in name}
+    found = in_layout(weights(release), weights(release | more))
+    assert found.tensors is not None
+    assert (found.undone, found.limits) == ((f"layers of its own are left out: {number}",), ())
+
+
 def test_layers_that_are_gone_are_said(release: dict[str, Array]) -> None:
     last = SIZES.num_hidden_layers - 1
     cut = {name: value for name, value in release.items() if f"layers.{last}." not in name}

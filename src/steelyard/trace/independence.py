@@ -35,9 +35,10 @@ class Ordered:
 
 
 def unit_rows(values: Float32) -> Float32:
-    """Rows of length one; a row of zeros stays."""
-    norms = np.linalg.norm(values, axis=-1, keepdims=True)
-    return (values / np.where(norms > 0, norms, 1)).astype(np.float32)
+    """Rows of length one, however large or small their values; a row of zeros stays."""
+    largest = np.abs(values).max(axis=-1, keepdims=True)
+    scaled = values / np.where(largest > 0, largest, 1)  # squares of the values themselves may leave float32's range
+    return np.asarray(scaled / np.maximum(np.linalg.norm(scaled, axis=-1, keepdims=True), 1), np.float32)
 
 
 def neuron_cosines(suspect: Float32, ours: Float32) -> Float32:

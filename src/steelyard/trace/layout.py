@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from steelyard.base.errors import FormatError
-from steelyard.trace.alignment import Aligned, Found, align
+from steelyard.trace.alignment import Aligned, align, distance
+from steelyard.trace.independence import unit_rows
+from steelyard.trace.matching import stretch
 from steelyard.trace.roles import DOWN, EMBEDDING, GATE, OUTPUT, Named, hugging_face, layer_name
 from steelyard.trace.tensors import open_tensors
 from steelyard.trace.transforms import READERS
@@ -94,12 +96,13 @@ def in_layout(release: Weights, suspect: Weights) -> InLayout:
     if gone:
         limits.append(f"layers {', '.join(map(str, gone))} of the release are not in it")
     if not any(layer >= 0 for layer in writers(kept).values()):
-        return InLayout(None, _words(aligned.found), (*limits, "no matrix of a layer is like the release's"))
-    return InLayout(kept, _words(aligned.found), tuple(limits))
+        return InLayout(None, aligned.found.words(), (*limits, "no matrix of a layer is like the release's"))
+    return InLayout(kept, aligned.found.words(), tuple(limits))
 
 
 def _alike(release: Weights, suspect: Weights) -> bool:
-    """Whether sampled rows of what writes to the stream and of the gates lie near those of the same name."""
+    """Whether sampled rows of what writes to the stream and of the gates lie near those of the same name, at their
+    size."""
     layers = release.named.layers
     if suspect.named.layers != layers:
         return False
@@ -109,17 +112,22 @@ def _alike(release: Weights, suspect: Weights) -> bool:
         if name not in release or name not in suspect:
             return False
         ours, theirs = (_sample(of.named, name) for of in (release, suspect))
-        if ours.shape != theirs.shape or _distance(theirs, ours) > ANOTHER_LAYOUT:
+        if ours.shape != theirs.shape or distance(theirs, ours) > ANOTHER_LAYOUT or _stretched(theirs, ours):
             return False
     return True
 
 
+def _stretched(theirs: Array, ours: Array) -> bool:
+    """Whether it is ours times a factor, more than noise explains."""
+    wide, narrow = theirs.astype(np.float64), ours.astype(np.float64)
+    sizes = float(np.linalg.norm(wide)), float(np.linalg.norm(narrow))
+    if not all(sizes):
+        return False
+    return stretch(sizes[0] / sizes[1], float((wide * narrow).sum()) / (sizes[0] * sizes[1])) != 1
+
+
 def _sample(named: Named, name: str) -> Array:
     return named.read(name, np.arange(min(_ROWS, named.entries[name].shape[0])))
-
-
-def _distance(tensor: Array, reference: Array) -> float:
-    return float(np.linalg.norm(tensor - reference) / max(float(np.linalg.norm(reference)), 1e-30))
 
 
 def _turned(reference: Mapping[str, Array], aligned: Aligned) -> Aligned:
@@ -135,22 +143,11 @@ def _turned(reference: Mapping[str, Array], aligned: Aligned) -> Aligned:
     ]
     for name, norm in pairs:
         if name in tensors:
-            crossed = crossed + (reference[name] * reference[norm]).T @ (tensors[name] * tensors[norm])
+            ours, theirs = (of[name] * unit_rows(of[norm]) for of in (reference, tensors))
+            crossed = crossed + unit_rows(ours).T @ unit_rows(theirs)  # no row counts for more than another
     left, _, right = np.linalg.svd(crossed.astype(np.float64))
     turn = np.asarray(left @ right, np.float32)
     for name, layer in writers(tensors).items():
         tensors[name] = tensors[name] @ turn.T if layer < 0 else turn @ tensors[name]
-    residual = aligned.residual | {name: _distance(tensors[name], reference[name]) for name in writers(tensors)}
+    residual = aligned.residual | {name: distance(tensors[name], reference[name]) for name in writers(tensors)}
     return replace(aligned, tensors=tensors, residual=residual)
-
-
-def _words(found: Found) -> tuple[str, ...]:
-    said = {
-        "the residual stream was rotated": found.rotated,
-        f"{found.folded} norms were folded or replaced": found.folded,
-        f"{found.neurons:,} neurons were in another order": found.neurons,
-        f"{found.heads:,} heads were in another order": found.heads,
-        f"{found.scaled:,} neurons and heads were rescaled": found.scaled,
-        "layers were taken out": found.layers != tuple(range(len(found.layers))),
-    }
-    return tuple(words for words, holds in said.items() if holds)

@@ -43,7 +43,7 @@ from steelyard.trace.tensors import Float32, IntArray, decode, open_tensors
 
 Float16 = np.ndarray[Any, np.dtype[np.float16]]
 
-FORMAT = 1
+FORMAT = 2  # 2: signatures over embedding rows of length one
 KINDS = ("release", "base")
 Kind = Literal["release", "base"]
 EVENT = "trace.registered"

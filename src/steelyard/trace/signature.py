@@ -1,15 +1,17 @@
 """What of a model is compared: sampled rows, and a signature that rotation, permutation and norm folding do not
 change.
 
-Signature of neuron j of a layer: v_j = E diag(gamma) w_j over chosen tokens, with E their embedding rows (centred
-over the tokens), gamma the norm before the MLP, and w_j the neuron's gate or up row. A rotation R of the residual
-stream turns E into E R and w_j into R^T w_j; folding puts gamma into w_j; both cancel. Rescaling changes the length
-alone, and cosines do not see it. A permutation of neurons permutes the rows v_j.
+Signature of neuron j of a layer: v_j = E diag(gamma) w_j over chosen tokens, with E their embedding rows (of length
+one, so that no token drowns the others, then centred over the tokens), gamma the norm before the MLP, and w_j the
+neuron's gate or up row. A rotation R of the residual stream turns E into E R and w_j into R^T w_j; folding puts gamma
+into w_j; both cancel. Rescaling changes the length alone, and cosines do not see it. A permutation of neurons permutes
+the rows v_j.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,15 +25,19 @@ from steelyard.trace.tensors import Entry, Float32, IntArray
 TOKENS = 128
 WHOLE = 2_048  # neurons up to which a layer's signatures are kept whole; of larger ones a quarter
 NEURONS = 256  # neurons read of a suspect's layer
+_WIDEST = 1 << 20  # values of a row or a vector: no model's is as wide, and what is wider could fill the memory
 _ROW_BYTES, _MOST_ROWS, _LEAST_ROWS = 64 << 10, 32, 4  # of each matrix, at two bytes a value
 
 
 def sampled_rows(entry: Entry) -> IntArray:
     """Which rows of a matrix are kept and compared: the same for every matrix of that shape, so that layers and models
-    can be compared with one another."""
+    can be compared with one another; none of one that is too wide."""
     if len(entry.shape) < 2:
-        return np.arange(entry.shape[0] if entry.shape else 1)
-    rows, width = entry.shape[0], int(np.prod(entry.shape[1:]))
+        rows = entry.shape[0] if entry.shape else 1
+        return np.arange(rows if rows <= _WIDEST else 0)
+    rows, width = entry.shape[0], math.prod(entry.shape[1:])
+    if width > _WIDEST:
+        return np.arange(0)
     count = min(rows, max(_LEAST_ROWS, min(_MOST_ROWS, _ROW_BYTES // (2 * max(width, 1)))))
     return _draw(f"rows {rows} {width}", rows, count)
 
@@ -73,7 +79,8 @@ def finite(values: Float32, name: str) -> Float32:
 
 def signatures(model: Named, layer: int, neurons: IntArray, embedding: Float32) -> tuple[Float32, Float32]:
     """Signatures of a layer's neurons by gate and by up rows: [neurons, tokens] each, of length one."""
-    centred = embedding - embedding.mean(axis=0)
+    rows = unit_rows(embedding).astype(np.float64)  # products of three finite float32 stay finite
+    centred = rows - rows.mean(axis=0)
     norm = layer_name(layer, BEFORE_MLP)
     if norm in model.stored and model.entries[norm].shape == centred.shape[1:]:
         centred = centred * finite(model.read(norm), norm)
