@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ def name_grant(
         weights=subject.weights,
         subject=subject.digest,
         grants=len(grants),
-        found=_in_words(aligned.found),
+        found="; ".join(aligned.found.words()) or "nothing",
         named=tuple(named),
         mark=mark.fingerprint,
         time=stamp(now),
@@ -207,14 +207,6 @@ def _sighted(book: Book, evidence: Evidence, bundle: Path, suspect: Tensors) -> 
         "grants": [one.grant.id for one in evidence.named],
     }
     return book.ledger.append("trace.sighted", payload).seq
-
-
-def _in_words(found: alignment.Found) -> str:
-    """What the alignment undid; `layers` only where they are not all there in their order."""
-    said = {name: value for name, value in asdict(found).items() if value and name != "layers"}
-    if found.layers != tuple(range(len(found.layers))):
-        said["layers"] = found.layers
-    return ", ".join(f"{name} {value}" for name, value in said.items()) or "nothing"
 
 
 def _seen_before(book: Book, grant: Grant, mark: MarkKey) -> tuple[tuple[str, str], ...]:

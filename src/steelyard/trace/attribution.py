@@ -19,9 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from steelyard.trace.tensors import Float32
-
-Float64 = np.ndarray[Any, np.dtype[np.float64]]
+from steelyard.trace.tensors import Float32, Float64
 
 LEAST_SHARE = 0.05
 LEVEL = -6.0  # log10 of the largest p-value of a share that counts

@@ -31,14 +31,13 @@ from steelyard.trace.independence import (
 from steelyard.trace.registry import Reference
 from steelyard.trace.roles import DOWN, EMBEDDING, GATE, KEY, QUERY, UP, Named, hugging_face, layer_name, second_model
 from steelyard.trace.signature import Rows, embedding_rows, finite, sampled_rows, signatures, some_neurons
-from steelyard.trace.tensors import BLOCKS, READABLE, Float32, IntArray, Tensors, decode
+from steelyard.trace.tensors import BLOCKS, READABLE, Float32, Float64, IntArray, Tensors, decode
 
 FULL = 1 << 30  # bytes of weights up to which every tensor is hashed; of larger suspects only small tensors
 SMALL = 64 << 10
 DIGEST_BUDGET = 2 << 20
 SIGNATURE_LAYERS = 3
 _ROTARY = (f"{QUERY}.weight", f"{KEY}.weight")
-_WIDEST = 1 << 17  # numbers in a row or a norm, over twice what models have
 _MOST_SAMPLED = 1 << 27  # numbers in all sampled rows, several times what a model of 70B has
 _LARGEST = 10.0  # times the largest of our weights in a tensor
 _PLAIN = frozenset(("F64", "F32", "F16", "BF16"))
@@ -103,13 +102,11 @@ class Suspect:
 
     @cached_property
     def rows(self) -> Mapping[str, Rows]:
-        """The sampled rows of every tensor by Hugging Face name; of none that is wider than any model's. Raises
-        FormatError where there are more than any model has."""
+        """The sampled rows of every tensor by Hugging Face name. Raises FormatError where they hold more than any
+        model's."""
         found, left = {}, _MOST_SAMPLED
         for name, entry in self.named.entries.items():
-            narrow = all(size <= _WIDEST for size in entry.shape[1:] or entry.shape)
-            if entry.dtype in READABLE and narrow and (len(entry.shape) < 2 or entry.shape[0] > 0):
-                index = sampled_rows(entry)
+            if entry.dtype in READABLE and len(index := sampled_rows(entry)):
                 left -= len(index) * math.prod(entry.shape[1:])
                 if left < 0:
                     raise FormatError(f"its sampled rows hold over {_MOST_SAMPLED:,} numbers: no model has so many")
@@ -383,18 +380,26 @@ class Pair:
         """The multiple of ours that comes closest to the suspect: the share of ours in a merge with something
         unlike.
         """
-        return float((self.suspect * self.ours).sum() / max(float((self.ours**2).sum()), 1e-30))
+        suspect, ours = self._wide
+        return float((suspect * ours).sum() / max(float((ours**2).sum()), 1e-30))
 
     @property
     def cosine(self) -> float:
         """How alike the two are, whatever their sizes: 0 where one is all zeros."""
-        sizes = float(np.linalg.norm(self.suspect)) * float(np.linalg.norm(self.ours))
-        return float((self.suspect * self.ours).sum()) / max(sizes, 1e-30)
+        suspect, ours = self._wide
+        sizes = float(np.linalg.norm(suspect)) * float(np.linalg.norm(ours))
+        return float((suspect * ours).sum()) / max(sizes, 1e-30)
 
     @property
     def distance(self) -> float:
         """Relative distance: |suspect - ours| / |ours|."""
-        return float(np.linalg.norm(self.suspect - self.ours) / max(float(np.linalg.norm(self.ours)), 1e-30))
+        suspect, ours = self._wide
+        return float(np.linalg.norm(suspect - ours) / max(float(np.linalg.norm(ours)), 1e-30))
+
+    @property
+    def _wide(self) -> tuple[Float64, Float64]:
+        """Both in float64: the square of a large float32 overflows its own type."""
+        return self.suspect.astype(np.float64), self.ours.astype(np.float64)
 
 
 def paired_rows(suspect: Suspect, reference: Reference, layers: Mapping[int, int]) -> list[Pair]:
@@ -446,7 +451,7 @@ def requantised_share(suspect: Suspect, reference: Reference, layers: Mapping[in
     return float(np.mean(shares)) if shares else None
 
 
-def check_compared(suspect: Suspect) -> None:
+def check_compared(suspect: Suspect, references: Sequence[Reference]) -> None:
     """Nothing is said to be unrelated whose weights were not looked at. Raises FormatError for one of those."""
     named, entries = suspect.named, suspect.tensors.entries
     if not named.whole_layers:
@@ -454,7 +459,8 @@ def check_compared(suspect: Suspect) -> None:
             f"no layer's gate and up rows are there, {named.sizes.hidden} wide, under a name that is known, and no "
             "tensor is ours to the byte: give the whole model, under its usual names and not packed or transposed"
         )
-    if (second := second_model(named)) is not None:
+    gates = {(one.sizes.intermediate, one.sizes.hidden) for one in references}
+    if (second := second_model(named, gates)) is not None:
         raise FormatError(
             f"holds a second model ({quote(second)}), which was not compared: give each in a file of its own"
         )

@@ -170,7 +170,7 @@ def relate(
         found.append(_look(suspect, reference, len(references)))
     related = [one for one in found if one.related]
     if found and not related:
-        check_compared(suspect)
+        check_compared(suspect, references)
     _attribute(suspect, related)
     known = {one.reference.name: one for one in found}
     relations = []

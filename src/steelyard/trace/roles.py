@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,12 +143,15 @@ def hugging_face(tensors: Tensors) -> Named:
     return Named(tensors, stored, _sizes(tensors, stored), interleaved, guessed)
 
 
-def second_model(named: Named) -> str | None:
-    """A tensor of another model in the same file, under a prefix of its own: what is asked of `named` says nothing of
-    it. None where there is no such."""
+def second_model(named: Named, gates: Set[tuple[int, ...]]) -> str | None:
+    """A tensor of another model in the same file, under a prefix of its own, whose gates have one of these shapes: what
+    is asked of `named` says nothing of it. None where there is no such."""
     known = set(named.stored.values())
-    layers = ((name, _HF_LAYER.fullmatch(name)) for name in named.tensors.entries if name not in known)
-    return next((name for name, match in layers if match and match["part"] == GATE), None)
+    for name, entry in named.tensors.entries.items():
+        match = _HF_LAYER.fullmatch(name)
+        if match and match["part"] == GATE and name not in known and entry.shape in gates:
+            return name
+    return None
 
 
 def _has_layers(stored: Iterable[str]) -> bool:

@@ -33,6 +33,7 @@ from steelyard.model.headers import (
 )
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
+Float64 = np.ndarray[Any, np.dtype[np.float64]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 Rows = slice | IntArray | None
