@@ -122,7 +122,8 @@ def by_torrent(path: Path, references: Sequence[Reference]) -> Answer:
             relations.append(replace(relation, evidence=tuple(evidence)))
     why = f"{path}: no piece of it is of our files: a changed copy shows only in its weights: download and trace them"
     if budget <= 0:
-        why = f"{path}: no piece is of our files among the {TORRENT_BUDGET:,} bytes compared: download and trace them"
+        most = f"at most {TORRENT_BUDGET:,} bytes of pieces are"
+        why = f"{path}: no piece that was compared ({most}) is of our files: download and trace them"
     if absent and not relations:
         why = f"{path}: our own {absent[0]} is no longer there, so its pieces cannot be hashed: put it back"
     return _answer(path, relations, why, path.stat().st_size)
