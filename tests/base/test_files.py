@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from steelyard.base.errors import FormatError, SteelyardError
-from steelyard.base.files import inside, locked, new_folder, read_bounded, write_atomic
+from steelyard.base.files import inside, locked, new_file, new_folder, read_bounded, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
@@ -86,3 +86,10 @@ def test_a_lock_is_held_by_one_and_given_up(tmp_path: Path) -> None:
         assert other.read() == "kept"
     with path.open() as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_new_file_has_the_mode_that_was_asked_for(tmp_path: Path) -> None:
+    for name, mode in (("open", None), ("sealed", 0o600)):
+        with new_file(tmp_path / name) if mode is None else new_file(tmp_path / name, mode=mode) as file:
+            file.write_bytes(b"x")
+        assert (tmp_path / name).stat().st_mode & 0o777 == (mode or 0o644)

@@ -52,7 +52,11 @@ SAFETENSORS = {
     "header past the end": (safetensors_bytes(GOOD, bytes(8), length=10_000), "claims a header"),
     "header of exabytes": (safetensors_bytes(GOOD, bytes(8), length=(1 << 64) - 1), "claims a header"),
     "no JSON": (safetensors_bytes(b"{" + b"\xff" * 20), "UTF-8 JSON"),
-    "an array": (safetensors_bytes("[]"), "begin with '{'"),
+    "an array": (safetensors_bytes("[]"), "no safetensors file"),
+    "YAML": (b"release:\n  name: ours\n", "no safetensors file"),
+    "JSON with a brace for the ninth byte": (b'{"text":{"a": 1}}', "no safetensors file"),
+    "GGUF": (b"GGUF\x03\0\0\0\0\0\0\0", "is a GGUF file"),
+    "no header where one byte is left": (b"\0" * 8 + b"{", "UTF-8 JSON"),
     "bad UTF-8 in a name": (safetensors_bytes(b'{"\xc3\x28":{}}'), "UTF-8 JSON"),
     "a lone surrogate": (
         safetensors_bytes(b'{"\\ud800":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', bytes(4)),

@@ -7,16 +7,19 @@ import json
 import pickle
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from suspects_made import SMALL, put, weights, write, write_gguf
+from suspects_made import SMALL, put, references, weights, write, write_gguf
 
 from steelyard.base.errors import FormatError
+from steelyard.trace import archives, elsewhere
 from steelyard.trace.archives import storages
 from steelyard.trace.digests import Table, cast, requantised, stored_digests, tensor_digests
+from steelyard.trace.lineage import EXACT, UNREADABLE
 from steelyard.trace.listings import matching_pieces, merkle_root, read_listing, read_torrent
 from steelyard.trace.tensors import in_memory, open_tensors
 
@@ -111,6 +114,57 @@ def test_hostile_checkpoints_are_refused(tmp_path: Path) -> None:
             list(storages(path))
 
 
+def ended(length: int = 47, count: int = 1, place: int | None = None, hidden: int = 0) -> bytes:
+    """A zip of `count` members' table and a zip64 end, whose locator names `place`, and with `hidden` in one field."""
+    local = struct.pack("<4s5H3L2H", b"PK\x03\x04", 20, 0, 0, 0, 0, 0, 0, 0, 1, 0) + b"a"
+    entry = struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 1, *[0] * 6) + b"a"
+    body = local + entry * count
+    far = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, hidden, count, length, len(local))
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, len(body) if place is None else place, 1)
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    return body + far + locator + end
+
+
+DECOY = int.from_bytes(b"PK\x06\x06", "little") << 32  # what follows it in the record would be a short table's length
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (ended(47 * 50, 50, hidden=DECOY), "more than any model"),
+        (ended(47 * 50, 50, 0, DECOY), "not where it says"),
+        (ended(47 * 50, 50, 0), "not where it says"),
+        (ended(47 * 50, 50) + b"PK\x05\x06" + bytes(18), "two ends"),
+        (ended(47 * 50, 50)[:-12] + struct.pack("<HLLH", 1, 47, 0, 0), "two tables"),
+        (ended(47 * 50, 50)[:-4] + b"PK\x05\x06", "two ends"),
+    ],
+)
+def test_the_table_is_bounded_where_zipfile_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, said: str
+) -> None:
+    monkeypatch.setattr(archives, "MAX_DIRECTORY", 1000)
+    with pytest.raises(FormatError, match=said):
+        list(storages(put(tmp_path / "a.bin", data)))
+
+
+def test_members_are_counted_and_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MAX_TENSORS", 10)
+    data = ended(47 * 50, 50)
+    data = data.replace(struct.pack("<2Q", 0, 50), struct.pack("<2Q", 1, 1))
+    with pytest.raises(FormatError, match="more than any model"):
+        list(storages(put(tmp_path / "a.bin", data)))
+
+
+def test_a_large_checkpoint_and_one_with_a_comment_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)  # so that the end is a zip64 one
+    path = _checkpoint(tmp_path / "a.bin", {"archive/data/0": b"abcd"})
+    assert b"PK\x06\x06" in path.read_bytes()
+    assert len(list(storages(path))) == 1
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"x" * 65_535
+    assert len(list(storages(path))) == 1
+
+
 # --- listings and torrents
 # --------------------------------------------------------------------------------------------
 
@@ -160,6 +214,49 @@ def test_pieces_inside_our_file_are_found_where_the_torrent_lays_them(tmp_path: 
     changed = put(tmp_path / "changed", content[:50_000] + b"\0" + content[50_001:])
     assert matching_pieces(found, file, changed, 1 << 30) == (compared - 1, compared)
     assert matching_pieces(found, file, put(tmp_path / "longer", content + b"1"), 1 << 30) == (0, 0)
+
+
+def test_a_torrent_of_many_files_of_our_length_is_compared_within_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = references(tmp_path, {"ours": ("release", weights())})
+    size, count = ours[0].files[0].size, 50
+    tried: list[str] = []
+
+    def attempt(one: Any, file: Any, *rest: Any) -> tuple[int, int]:
+        tried.append(file.path)
+        return matching_pieces(one, file, *rest)
+
+    monkeypatch.setattr(elsewhere, "matching_pieces", attempt)
+    listed = [{b"length": size, b"path": [b"%d" % at]} for at in range(count)]
+    info = {b"name": b"m", b"piece length": 1 << 30, b"pieces": bytes(20), b"files": listed}
+    path = put(tmp_path / "a.torrent", bencode({b"info": info}))
+    answer = elsewhere.trace_elsewhere(path, ours)
+    assert (answer.verdict, "no piece that was compared" in answer.reason) == (UNREADABLE, True)
+    assert tried == ["0"]  # a piece is as much as may be read
+    # What is added up over all files is added up once.
+    found = read_torrent(path)
+    assert found.total == size * count
+    file = ours[0].folder / ours[0].files[0].name
+    parts = read_torrent(put(tmp_path / "b.torrent", bencode(torrent({"w": file.read_bytes()}))))
+    whole = matching_pieces(parts, parts.files[0], file, 1 << 30)
+    assert matching_pieces(replace(parts, files=()), parts.files[0], file, 1 << 30) == whole
+
+
+def test_a_model_of_our_shapes_leaves_the_next_one_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = references(tmp_path, {"base": ("base", weights(1)), "ours": ("release", weights(0))})
+    data = (tmp_path / "ours" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(elsewhere, "TORRENT_BUDGET", 4 << 14)
+    answer = elsewhere.trace_elsewhere(put(tmp_path / "a.torrent", bencode(torrent({"w": data}))), held)
+    assert answer.nearest is not None, answer.reason
+    assert (answer.verdict, answer.nearest.name) == (EXACT, "ours")
+
+
+def test_a_listing_without_digests_says_how_to_save_it(tmp_path: Path) -> None:
+    listing = {"siblings": [{"rfilename": "config.json"}, {"rfilename": "model.safetensors"}]}
+    answer = elsewhere.trace_elsewhere(put(tmp_path / "a.json", json.dumps(listing).encode()), [])
+    assert "holds no digests" in answer.reason
+    assert "?blobs=true" in answer.reason
 
 
 def test_the_root_of_a_version_2_file(tmp_path: Path) -> None:

@@ -168,7 +168,6 @@ def test_weak_evidence_accuses_nobody(ledger: Ledger, tmp_path: Path, changes: d
         ({"verdict": 3}, "verdict"),
         ({"log10_p": 2}, "log10_p"),
         ({"log10_p": False}, "log10_p"),
-        ({"log10_p": None}, "log10_p"),
         ({"log10_p": "small"}, "log10_p"),
         ({"log10_p": -1e300}, "log10_p"),
         ({"verdict": "x" * 4001}, "verdict: has 4,001"),
@@ -207,6 +206,31 @@ def test_withdrawal_and_abuse_need_a_reason_and_every_notice_a_place(ledger: Led
         write_notice(ledger, sighted(ledger, locations=[]), "takedown", tmp_path)
     place = write_notice(ledger, sighted(ledger, locations=[]), "takedown", tmp_path, locations=["magnet:?xt=1"])
     assert "magnet:?xt=1" in (place / PAGE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([" "], "is blank"),
+        (["https://x", ""], "is blank"),
+        (["\u2028"], "is blank"),
+        (["https://x", " https://x "], "given twice"),
+        (["https://x\nhttps://y"], "on one line"),
+        (["https://x\x1b[31m"], "on one line"),
+        (["https://x/\u202egnp"], "on one line"),
+    ],
+)
+def test_a_place_is_a_text_on_one_line_given_once(ledger: Ledger, tmp_path: Path, given: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        write_notice(ledger, sighted(ledger, locations=[]), "takedown", tmp_path / "out", locations=given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_are_kept_without_what_surrounds_them(ledger: Ledger, tmp_path: Path) -> None:
+    places = [" magnet:?xt=1\t", "Hauptstraße 1, 10115 Berlin", SEEN["locations"][0]]
+    write_notice(ledger, sighted(ledger), "takedown", tmp_path, locations=places)
+    kept = ledger.events(WRITTEN)[0].payload["locations"]
+    assert kept == [SEEN["locations"][0], "magnet:?xt=1", "Hauptstraße 1, 10115 Berlin"]
 
 
 def test_words_given_by_hand_are_bounded_and_stay_on_their_line(ledger: Ledger, tmp_path: Path) -> None:

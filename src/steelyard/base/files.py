@@ -43,7 +43,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary file's path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
 
     For files too large to hold (else `write_atomic`). Raises SteelyardError where `path` exists already.
@@ -57,7 +57,7 @@ def new_file(path: Path) -> Iterator[Path]:
         yield Path(name)
         with open(name, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        os.chmod(name, mode)
         os.rename(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -202,17 +202,20 @@ def scan_safetensors(path: Path) -> dict[str, TensorInfo]:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        if len(start) < 8:
+        start = file.read(9)
+        if len(start) < 9:
             _refuse(path, "is cut short: no safetensors header")
-        (length,) = struct.unpack("<Q", start)
+        # A length of eight letters is text; no file is so long.
+        if start[8:] != b"{" or (start.isascii() and 0 not in start):
+            _refuse_other(path, start)
+        (length,) = struct.unpack_from("<Q", start)
         if length > size - 8:
             _refuse(path, f"claims a header of {length:,} bytes but is {size:,} bytes long")
         if length > MAX_SAFETENSORS_HEADER:
             _refuse(path, f"has a header of {length:,} bytes, over the limit of {MAX_SAFETENSORS_HEADER:,}")
-        raw = file.read(length)
-    if len(raw) < length or raw[:1] != b"{":
-        _refuse(path, "has no safetensors header: it must begin with '{'")
+        raw = start[8:] + file.read(max(length, 1) - 1)
+    if len(raw) < length:
+        _refuse(path, "became shorter while it was read")
     # Every object, array, element and string costs at least one of these bytes: that bounds what the parse can make.
     limits = {b"{": MAX_TENSORS + 2, b"[": 2 * MAX_TENSORS, b",": 8 * MAX_TENSORS, b'"': 12 * MAX_TENSORS}
     if any(raw.count(byte) > limit for byte, limit in limits.items()):
@@ -247,6 +250,17 @@ def scan_safetensors(path: Path) -> dict[str, TensorInfo]:
         )
         _refuse(path, what)
     return {tensor.name: tensor for tensor in ordered}
+
+
+def _refuse_other(path: Path, start: bytes) -> NoReturn:
+    """Say of a file that is no safetensors what it is, and so what to do with it."""
+    if start.startswith(b"GGUF"):
+        _refuse(path, "is a GGUF file, where safetensors is read", "convert it to safetensors")
+    what = "is no safetensors file (nor GGUF): it has no such header"
+    suffix = path.suffix.lower()
+    if start.startswith((b"PK\x03\x04", b"\x80")) or suffix in (".bin", ".pt", ".pth", ".ckpt"):  # a zip, a pickle
+        _refuse(path, what, "convert it to safetensors")
+    _refuse(path, what, _REMEDY if suffix == ".safetensors" else "give a model's folder or its weight file")
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from steelyard.trace.lineage import (
     nearest,
     not_the_bases,
 )
-from steelyard.trace.listings import matching_pieces, merkle_root, read_listing, read_torrent
+from steelyard.trace.listings import TorrentFile, matching_pieces, merkle_root, read_listing, read_torrent
 from steelyard.trace.registry import Reference
 
 TORRENT_BUDGET = 1 << 30  # bytes of ours that are hashed for a torrent's pieces
@@ -62,7 +62,7 @@ def by_archive(path: Path, references: Sequence[Reference]) -> Answer:
 
 def by_listing(path: Path, references: Sequence[Reference]) -> Answer:
     """A Hub listing by the SHA-256 of its large files. Raises FormatError where the file is no listing."""
-    listed = {one.sha256: one for one in read_listing(path) if one.sha256 is not None}
+    listed = {one.sha256 for one in read_listing(path) if one.sha256 is not None}
     relations = []
     for reference in references:
         same = [one for one in reference.files if one.sha256 in listed]
@@ -74,18 +74,27 @@ def by_listing(path: Path, references: Sequence[Reference]) -> Answer:
             relation = Relation(reference.name, reference.kind, verdict, changes, SHA256_LOG10, 0.0)
             relations.append(replace(relation, evidence=evidence, digests=digests))
     why = f"{path}: none of its {len(listed)} digests is one of our files: a changed copy shows only in its weights"
-    return _answer(path, relations, f"{why}: download a weight file and trace that", path.stat().st_size)
+    why = f"{why}: download a weight file and trace that"
+    if not listed:
+        why = f"{path}: holds no digests to compare: save the listing again, with ?blobs=true after its address"
+    return _answer(path, relations, why, path.stat().st_size)
 
 
 def by_torrent(path: Path, references: Sequence[Reference]) -> Answer:
     """A torrent by its pieces, against our files of the same length. Raises FormatError for a broken torrent."""
     torrent = read_torrent(path)
     relations, absent, budget = [], [], TORRENT_BUDGET
+    of_length: dict[int, list[TorrentFile]] = {}
+    for one in torrent.files:
+        if one.root is not None or torrent.pieces:
+            of_length.setdefault(one.length, []).append(one)
+    # Each attempt has the same share, so that a model of our shapes that comes first does not use up all of it.
+    attempts = sum(len(of_length.get(ours.size, ())) for reference in references for ours in reference.files)
     for reference in references:
         evidence, whole, part = [], 0, False
         for ours in reference.files:
             file = reference.folder / ours.name
-            candidates = [one for one in torrent.files if one.length == ours.size]
+            candidates = of_length.get(ours.size, [])
             if candidates and not file.is_file():
                 absent.append(str(file))
                 continue
@@ -95,10 +104,9 @@ def by_torrent(path: Path, references: Sequence[Reference]) -> Answer:
                     equal = compared = int(one.root == root)
                     said = f"{one.path}: the root of its SHA-256 tree is that of our {ours.name}"
                 elif budget > 0:
-                    equal, compared = matching_pieces(
-                        torrent, one, file, min(budget, TORRENT_BUDGET // len(candidates))
-                    )
-                    budget -= compared * torrent.piece_length
+                    equal, compared = matching_pieces(torrent, one, file, min(budget, TORRENT_BUDGET // attempts))
+                    # An attempt without a whole piece costs one too: a torrent may list any number of such files.
+                    budget -= max(compared, 1) * torrent.piece_length
                     said = f"{one.path}: {equal} of {compared} pieces are those of our {ours.name}"
                 else:
                     break
@@ -113,6 +121,9 @@ def by_torrent(path: Path, references: Sequence[Reference]) -> Answer:
             relation = Relation(reference.name, reference.kind, verdict, changes, SHA1_LOG10, None if part else 0.0)
             relations.append(replace(relation, evidence=tuple(evidence)))
     why = f"{path}: no piece of it is of our files: a changed copy shows only in its weights: download and trace them"
+    if budget <= 0:
+        most = f"at most {TORRENT_BUDGET:,} bytes of pieces are"
+        why = f"{path}: no piece that was compared ({most}) is of our files: download and trace them"
     if absent and not relations:
         why = f"{path}: our own {absent[0]} is no longer there, so its pieces cannot be hashed: put it back"
     return _answer(path, relations, why, path.stat().st_size)

@@ -50,12 +50,14 @@ class TorrentFile:
 
 @dataclass(frozen=True)
 class Torrent:
-    """A torrent's claims. `pieces` are SHA-1 digests (20 bytes each) of version 1; empty in one of version 2 alone."""
+    """A torrent's claims. `pieces` are SHA-1 digests (20 bytes each) of version 1; empty in one of version 2 alone.
+    `total` is the length of all its files."""
 
     name: str
     piece_length: int
     pieces: Sequence[bytes] = field(repr=False)
     files: Sequence[TorrentFile]
+    total: int
 
 
 def read_listing(path: Path) -> list[Listed]:
@@ -164,16 +166,13 @@ def read_torrent(path: Path) -> Torrent:
     pieces = info.get(b"pieces", b"")
     if not isinstance(pieces, bytes) or len(pieces) % 20:
         raise FormatError(f"{path}: pieces: must be digests of 20 bytes each")
-    if pieces:
-        files = _files(path, info, name)
-        total = sum(one.length for one in files)
-        if len(pieces) // 20 != -(-total // piece_length):
-            raise FormatError(f"{path}: {len(pieces) // 20:,} pieces do not make the {total:,} bytes of its files")
-    else:
-        files = _tree(path, info.get(b"file tree"), "", 0)
+    files = _files(path, info, name) if pieces else _tree(path, info.get(b"file tree"), "", 0)
+    total = sum(one.length for one in files)
+    if pieces and len(pieces) // 20 != -(-total // piece_length):
+        raise FormatError(f"{path}: {len(pieces) // 20:,} pieces do not make the {total:,} bytes of its files")
     if not files:
         raise FormatError(f"{path}: names no file")
-    return Torrent(name, piece_length, [pieces[at : at + 20] for at in range(0, len(pieces), 20)], files)
+    return Torrent(name, piece_length, [pieces[at : at + 20] for at in range(0, len(pieces), 20)], files, total)
 
 
 def _size(path: Path, value: Any) -> int:
@@ -231,7 +230,7 @@ def matching_pieces(torrent: Torrent, file: TorrentFile, ours: Path, limit: int)
         if os.fstat(data.fileno()).st_size != file.length or not torrent.pieces:
             return 0, 0
         first, last = -(-(file.start + _header(data, ours)) // size), (file.start + file.length) // size
-        if file.start + file.length == sum(one.length for one in torrent.files):
+        if file.start + file.length == torrent.total:
             last = len(torrent.pieces)  # the last piece of all is as long as what is left
         count = min(last - first, max(1, limit // size))
         chosen = sorted({first + index * (last - first) // count for index in range(count)}) if count > 0 else []

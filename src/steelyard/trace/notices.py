@@ -6,7 +6,8 @@ It is written from a sighting, the ledger's event `trace.sighted`:
     verdict     what the copy is: exact copy, same tensors, quantised, derived
     changes     what was done to it, as far as the weights show; may be absent
     evidence    sentences: what was found, by which method
-    log10_p     decimal logarithm of the chance of such a likeness, were the two independent
+    log10_p     decimal logarithm of the chance of such a likeness, were the two independent; null where it could not be
+                computed, and then counts as 0
     locations   where the copy was seen; may be absent, and is then given when the notice is written
     digests     SHA-256 of files or tensors that are equal, with or without a name ({"name", "sha256"}); may be absent
     grants      ids of grants whose mark the copy bears; may be absent
@@ -30,6 +31,7 @@ from steelyard.base.canonical import sha256_hex
 from steelyard.base.errors import FormatError, SteelyardError, UsageError
 from steelyard.base.files import new_folder
 from steelyard.ledger.ledger import Event, Ledger
+from steelyard.model.headers import quote
 from steelyard.trace.notice_page import Document, Section, as_html, as_markdown
 from steelyard.trace.notice_words import FORMS, NOT_SAID, TITLES, evidence, listed, probability
 
@@ -68,7 +70,7 @@ class Sighting:
         where, raw = f"ledger event {event.seq}", event.payload
         if event.kind != SIGHTED:
             raise FormatError(f"{where}: is a {event.kind}, not a {SIGHTED}: name a sighting")
-        log10_p = raw.get("log10_p")
+        log10_p = 0.0 if raw.get("log10_p", 0) is None else raw.get("log10_p")
         if isinstance(log10_p, bool) or not isinstance(log10_p, int | float) or not -1e9 <= log10_p <= 0:
             raise FormatError(f"{where}: log10_p: must be a number from -1e9 to 0")
         reference = raw.get("reference")
@@ -166,16 +168,19 @@ def write_notice(
 ) -> Path:
     """Write the folder OUT/sighting-NUMBER-KIND with the notice as HTML and Markdown, and note it (`notice.written`).
 
-    `locations` are added to the sighting's; `reason` says why the release was withdrawn, or what the abuse is. Both
-    files are kept in the ledger's artifacts where it keeps any. Raises UsageError for a kind that is none, a missing
-    reason or location, and SteelyardError where the folder exists or the evidence is too weak to accuse anybody.
+    `locations` (URLs, magnet links, postal addresses) are added to the sighting's; `reason` says why the release was
+    withdrawn, or what the abuse is. Both files are kept in the ledger's artifacts where it keeps any. Raises UsageError
+    for a kind that is none, a missing reason or location, a location that is blank, of several lines or given twice,
+    and SteelyardError where the folder exists or the evidence is too weak to accuse anybody.
     """
     if kind not in get_args(Kind):
         raise UsageError(f"{kind!r}: a notice is one of {', '.join(get_args(Kind))}")
     if kind != "takedown" and not reason.strip():
         raise UsageError(f"a notice of {kind} needs a reason: give --reason")
-    for said in (reason, *locations):
-        _check_text(said)
+    _check_text(reason)
+    locations = [_location(said) for said in locations]
+    if len(set(locations)) < len(locations):
+        raise UsageError("a location given twice: give each once")
     where = tuple(dict.fromkeys((*sighting.locations, *locations)))
     if not where:
         raise UsageError(f"sighting {sighting.event.seq} names no location: give --location")
@@ -214,6 +219,16 @@ def _check_text(said: str) -> None:
         said.encode()
     except UnicodeEncodeError:
         raise UsageError(f"{said[:40]!r}: is no UTF-8: write it anew") from None
+
+
+def _location(said: str) -> str:
+    _check_text(said)
+    said = said.strip()
+    if not said:
+        raise UsageError("a location is blank: give --location with the address of the copy")
+    if not said.isprintable():
+        raise UsageError(f"{quote(said)}: a location with line ends or invisible marks: write plain text on one line")
+    return said
 
 
 def _check_grounds(sighting: Sighting) -> None:

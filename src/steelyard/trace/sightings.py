@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from steelyard.ledger.ledger import Event, Ledger
 from steelyard.trace.lineage import RELATED, Answer
+from steelyard.trace.notices import LONGEST, SIGHTED
 from steelyard.trace.registry import Reference
 
-EVENT = "trace.sighted"
 MOST = 1000  # digests of a suspect that are kept
 
 
@@ -16,7 +17,8 @@ def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> E
     """Append `trace.sighted` where the suspect is a registered model or made from one; gives the event.
 
     The payload: suspect (its path), fingerprint, verdict, changes, reference {name, kind, subject, weights}, log10_p,
-    distance, share, evidence, digests [{name, sha256}] (at most `MOST`), bytes_read. None where nothing is proven.
+    distance, share, evidence, digests [{name, sha256}] (at most `MOST`), bytes_read. A number that is not finite is
+    null; of a text that is longer than notices may show, the middle is left out. None where nothing is proven.
     """
     best = answer.nearest
     if best is None or best.verdict not in RELATED:
@@ -33,14 +35,24 @@ def record(ledger: Ledger, answer: Answer, references: Sequence[Reference]) -> E
             "subject": reference.subject,
             "weights": reference.weights,
         },
-        "log10_p": best.log10_p,
-        "distance": best.distance,
-        "share": best.share,
-        "evidence": list(best.evidence),
-        "digests": [{"name": name, "sha256": value} for name, value in best.digests[:MOST]],
+        "log10_p": _finite(best.log10_p),
+        "distance": _finite(best.distance),
+        "share": _finite(best.share),
+        "evidence": [_fitted(one) for one in best.evidence],
+        "digests": [{"name": _fitted(name), "sha256": value} for name, value in best.digests[:MOST]],
         "bytes_read": answer.bytes_read,
     }
-    return ledger.append(EVENT, payload)
+    return ledger.append(SIGHTED, payload)
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _fitted(said: str) -> str:
+    """A stranger's text, such as a member's name, that a notice can show: its two ends say what it is."""
+    said, half = spelled(said), (LONGEST - 3) // 2
+    return said if len(said) <= LONGEST else f"{said[:half]}...{said[-half:]}"
 
 
 def spelled(path: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from steelyard.base.errors import FormatError
@@ -27,10 +28,13 @@ _NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state")  # of a 
 def find_suspects(path: Path) -> list[Path]:
     """The models in a file or a tree: a folder for one model's safetensors, else single files; sorted.
 
-    Raises FormatError where the path leads nowhere, the tree is too large or too deep, or holds nothing to compare.
+    Raises FormatError where the path leads nowhere or to a device or pipe, the tree is too large or too deep, or holds
+    nothing to compare.
     """
     real = real_path(path)
     if not real.is_dir():
+        if not real.is_file():
+            raise FormatError(f"{path}: is not a plain file: give a file or a folder")
         return [path]
     found = sorted({one for folder, names in _folders(real) for one in _in_folder(folder, names)})
     if not found:
@@ -99,17 +103,47 @@ def _beside(folder: Path, names: Sequence[str]) -> list[Path]:
 def trace_all(
     path: Path, references: Sequence[Reference], *, full: bool | None = None, progress: Progress | None = None
 ) -> list[Answer]:
-    """The answer for each suspect in a file or a tree. Raises FormatError as `find_suspects` does."""
-    suspects = find_suspects(path)
+    """The answer for each suspect in a file or a tree, names of the same files being one suspect: its first name, which
+    says how many more there are. Raises FormatError as `find_suspects` does."""
+    named: dict[object, list[Path]] = {}
+    for suspect in find_suspects(path):
+        named.setdefault(_files(suspect), []).append(suspect)
+    suspects = list(named.values())
     progress = progress or Silent()
     if len(suspects) == 1:
-        return [_one(suspects[0], references, full, progress)]
+        return [_same(suspects[0], _one(suspects[0][0], references, full, progress))]
     answers = []
     with progress.task("suspects", len(suspects), "models") as task:
-        for suspect in suspects:
-            answers.append(_one(suspect, references, full, Silent()))
+        for names in suspects:
+            answers.append(_same(names, _one(names[0], references, full, Silent())))
             task.advance()
     return answers
+
+
+def _files(path: Path) -> object:
+    """What the answer for a suspect depends on: its files, whatever names links give them, and the settings beside."""
+    try:
+        if not path.is_dir() and is_elsewhere(path):
+            return _identity(path)
+        real = real_path(path)
+        folder = real.is_dir()
+        config = (real if folder else real.parent) / "config.json"
+        weights = weight_files(real) if folder else [real]
+        return folder, tuple(map(_identity, weights)), _identity(config) if config.exists() else None
+    except (FormatError, OSError):  # said in the answer
+        return path
+
+
+def _identity(path: Path) -> tuple[int, int, str]:
+    """A file, and its suffix, by which it is read."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, path.suffix.lower()
+
+
+def _same(names: Sequence[Path], answer: Answer) -> Answer:
+    if len(names) == 1:
+        return answer
+    return replace(answer, suspect=f"{answer.suspect} (and {len(names) - 1:,} more names of the same file)")
 
 
 def _one(path: Path, references: Sequence[Reference], full: bool | None, progress: Progress) -> Answer:
