@@ -408,6 +408,7 @@ def test_sealed_opened_received(desk: Desk, tmp_path: Path) -> None:
     grant = desk.granted(desk.sealed(encrypts_to=public_pem(box), signs_with=pem))
     done = desk.deliver(grant.id, desk.root / "copy")
     assert done.sealed
+    assert done.place.stat().st_mode & 0o777 == 0o600
     assert done.place.is_file()
     assert nothing_left(desk, "nothing")
     data = done.place.read_bytes()

@@ -18,7 +18,9 @@ def notice(
     reason: Annotated[str, typer.Option(help="Why it was withdrawn, or what the abuse is; stands in the notice.")] = "",
     location: Annotated[
         list[str] | None,
-        typer.Option(help="Where the copy is (URL), besides what the sighting names; may be repeated."),
+        typer.Option(
+            help="A place of the copy (a URL, a magnet link, an address) that the sighting lacks; may be repeated."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the notices.")] = Path("notices"),
     step: Annotated[

@@ -125,7 +125,7 @@ def deliver(
         result = verify_copy(folder, trust, now=now, progress=progress)
         raise_for(result.findings, f"grant {grant}: the copy just written does not verify")
         if public is not None:
-            file = stack.enter_context(new_file(to))
+            file = stack.enter_context(new_file(to, mode=0o600))
             pack(folder, file, public, progress)
         book.note(
             "delivered",
