@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from suspects_made import SMALL, Weights, noised, permuted, references, rotated, weights, write
 
+from steelyard.base.errors import FormatError
 from steelyard.trace.guessed import settled
 from steelyard.trace.lineage import DERIVED, UNREADABLE, trace
 from steelyard.trace.roles import hugging_face
@@ -61,6 +62,12 @@ def test_its_distance_is_that_of_the_weights(tmp_path: Path, rename: object) -> 
     assert answer.verdict == DERIVED
     assert answer.nearest is not None
     assert answer.nearest.distance == pytest.approx(0.01, rel=0.2)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    theirs = numbered({name: np.full_like(values, np.nan) for name, values in weights().items()})
+    with pytest.raises(FormatError, match="not finite"):
+        settled(hugging_face(in_memory(theirs)), hugging_face(in_memory(weights())))
 
 
 def test_a_second_model_in_the_file_is_not_passed_over(tmp_path: Path) -> None:

@@ -149,8 +149,6 @@ def review(
         # Too few so far is no fault of this one; a refusal may be added, a review that does not count may not.
         mine = [f for f in findings if f.message.startswith(f"{path.name}: ") and f.code != "refused"]
         raise_for(mine, f"request {request.id}")
-        if not trust.grants.needed:
-            raise_for(findings, request.id)
         write_atomic(path, envelope)
         book.note(kind, request=request.id, review=sha256_hex(envelope), key=signer.public_key.keyid)
     return path

@@ -174,7 +174,7 @@ def _stream(reference: Mapping[str, Array], suspect: Mapping[str, Array]) -> tup
         return None, 1.0
     cosine, turn = 1 - apart / (2 * rows), None
     if apart > 1e-6 * rows:  # else there is nothing to explain but rounding
-        nearest, overlap = _nearest_rotation(product)
+        nearest, overlap = nearest_rotation(product)
         turned = overlap / rows
         # R has hidden^2 / 2 free numbers, with which it explains as many of the noise's
         limit = max(_ROTATED - hidden / (2 * rows), _LEAST_ROTATED)
@@ -188,7 +188,7 @@ def _stream(reference: Mapping[str, Array], suspect: Mapping[str, Array]) -> tup
                 far = lengths(theirs - ours @ turn)
                 weighed = np.asarray(ours / np.maximum(far, _NEAR)[:, None], np.float32)
                 product += weighed.T @ theirs
-            turn = _nearest_rotation(product)[0]
+            turn = nearest_rotation(product)[0]
     return turn, factor
 
 
@@ -202,7 +202,7 @@ def _embeddings(reference: Mapping[str, Array], suspect: Mapping[str, Array]) ->
         yield unit_rows(ours[ratio > 0]), unit_rows(theirs[ratio > 0]), ratio[ratio > 0]
 
 
-def _nearest_rotation(product: Floats) -> tuple[Array, float]:
+def nearest_rotation(product: Floats) -> tuple[Array, float]:
     """The orthogonal matrix R with the greatest trace(product.T @ R), and that trace."""
     left, values, right = np.linalg.svd(product)
     return np.asarray(left @ right, np.float32), float(values.sum())

@@ -1,7 +1,7 @@
 """Which is which of a layer's tensors of one shape, where names say nothing: by a model that they are compared with.
 
 Shapes leave gate and up, query and output, key and value, and a layer's two norms open. Their sampled rows settle it:
-of every way to pair them with the other model's, the one with the largest sum of cosines.
+of every way to pair them with the other model's, the one with the largest sum of cosines, whatever their signs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from steelyard.trace.matching import assign
+from steelyard.trace.matching import assign, cosines
 from steelyard.trace.roles import (
     BEFORE_ATTENTION,
     BEFORE_MLP,
@@ -24,7 +24,7 @@ from steelyard.trace.roles import (
     Named,
     layer_name,
 )
-from steelyard.trace.signature import Rows, sampled_rows
+from steelyard.trace.signature import Rows, finite, sampled_rows
 
 _ALIKE = ((GATE, UP), (QUERY, KEY, VALUE, OUTPUT), (BEFORE_ATTENTION, BEFORE_MLP))
 
@@ -41,8 +41,9 @@ def told_apart(theirs: Mapping[str, Rows], ours: Mapping[str, Rows], layers: Map
                 columns = [name for name in mine if ours[name].values.shape == shape]
                 rows = [name for name in open_ if theirs[name].values.shape == shape]
                 if len(rows) == len(columns) > 1:
-                    likeness = np.array([[_cosine(theirs[row], ours[column]) for row in rows] for column in columns])
-                    found |= {rows[at]: column for column, at in zip(columns, assign(likeness), strict=True)}
+                    known = np.stack([ours[name].values for name in columns])
+                    order = assign(cosines(known, np.stack([theirs[name].values for name in rows])))
+                    found |= {rows[at]: column for column, at in zip(columns, order, strict=True)}
     return found
 
 
@@ -60,11 +61,7 @@ def _rows(named: Named) -> dict[str, Rows]:
         for layer in named.layers:
             for part in parts:
                 if (name := layer_name(layer, part)) in named.stored:
-                    index = sampled_rows(named.entries[name])
-                    found[name] = Rows(index, named.read(name, index))
+                    stored = named.stored[name]
+                    index = sampled_rows(named.tensors.entries[stored])
+                    found[name] = Rows(index, finite(named.read(name, index), stored))
     return found
-
-
-def _cosine(one: Rows, other: Rows) -> float:
-    a, b = one.values.astype(np.float64), other.values.astype(np.float64)
-    return float((a * b).sum() / max(float(np.linalg.norm(a)) * float(np.linalg.norm(b)), 1e-30))

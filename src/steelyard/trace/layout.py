@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from steelyard.base.errors import FormatError
-from steelyard.trace.alignment import Aligned, align, distance
+from steelyard.trace.alignment import Aligned, align, distance, nearest_rotation
 from steelyard.trace.independence import unit_rows
 from steelyard.trace.matching import stretch
 from steelyard.trace.roles import DOWN, EMBEDDING, GATE, OUTPUT, Named, hugging_face, layer_name
@@ -145,8 +145,7 @@ def _turned(reference: Mapping[str, Array], aligned: Aligned) -> Aligned:
         if name in tensors:
             ours, theirs = (of[name] * unit_rows(of[norm]) for of in (reference, tensors))
             crossed = crossed + unit_rows(ours).T @ unit_rows(theirs)  # no row counts for more than another
-    left, _, right = np.linalg.svd(crossed.astype(np.float64))
-    turn = np.asarray(left @ right, np.float32)
+    turn = nearest_rotation(crossed.astype(np.float64))[0]
     for name, layer in writers(tensors).items():
         tensors[name] = tensors[name] @ turn.T if layer < 0 else turn @ tensors[name]
     residual = aligned.residual | {name: distance(tensors[name], reference[name]) for name in writers(tensors)}
